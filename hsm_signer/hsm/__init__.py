@@ -1,0 +1,1 @@
+"""Tokens and keys: the only door to python-pkcs11."""

@@ -1,0 +1,53 @@
+"""Compact JWS, EC JWK and its thumbprint; and the one seam of the project, :class:`Signer`.
+
+RFC 7515 (JWS), RFC 7517 (JWK), RFC 7518 §3.4 and §6.2 (ES256, EC keys), RFC 7638 (thumbprint).
+"""
+
+import hashlib
+import json
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Signer(Protocol):
+    """A private key that signs and never shows itself."""
+
+    @property
+    def alg(self) -> str:
+        """JWS algorithm, ``"ES256"``."""
+
+    @property
+    def kid(self) -> str:
+        """RFC 7638 thumbprint, 43 characters."""
+
+    @property
+    def jwk(self) -> dict[str, str]:
+        """The public half: ``kty``, ``crv``, ``x``, ``y``."""
+
+    def sign(self, data: bytes) -> bytes:
+        """Sign ``data`` of any length; for ES256 r‖s, 64 bytes (RFC 7518 §3.4)."""
+
+
+def b64url(data: bytes) -> str:
+    """Base64url without padding (RFC 7515 §2)."""
+    return urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def json_b64url(value: Mapping[str, object]) -> str:
+    """UTF-8 JSON without spaces, members in the order given, as base64url."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return b64url(text.encode())
+
+
+def sign_compact(header: Mapping[str, object], claims: Mapping[str, object], signer: Signer) -> str:
+    """JWS Compact Serialization of a JSON payload (RFC 7515 §3.1)."""
+    signing_input = f"{json_b64url(header)}.{json_b64url(claims)}"
+    return f"{signing_input}.{b64url(signer.sign(signing_input.encode('ascii')))}"
+
+
+def thumbprint(jwk: Mapping[str, str]) -> str:
+    """SHA-256 thumbprint of an EC JWK (RFC 7638 §3); further members do not count."""
+    required = {name: jwk[name] for name in ("crv", "kty", "x", "y")}
+    canonical = json.dumps(required, separators=(",", ":"), ensure_ascii=False)
+    return b64url(hashlib.sha256(canonical.encode()).digest())

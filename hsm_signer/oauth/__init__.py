@@ -1,0 +1,1 @@
+"""Access tokens: the only door to requests."""

@@ -1,0 +1,40 @@
+"""Where our files live, by the XDG rules; the only place that knows."""
+
+import os
+import stat
+from pathlib import Path
+
+APP = "hsm-token"
+
+
+def config_file() -> Path:
+    """The configuration file when none is named: the user's, else the machine's."""
+    import platformdirs
+
+    user = platformdirs.user_config_path(APP) / "config.toml"
+    return user if user.exists() else Path("/etc") / APP / "config.toml"
+
+
+def state_directory() -> Path:
+    """The user's state: the PIN markers and their locks, the audit log."""
+    import platformdirs
+
+    return platformdirs.user_state_path(APP)
+
+
+def cache_directory() -> Path:
+    """Access tokens: ``$XDG_RUNTIME_DIR`` where it is absolute, ours and private, else the user's cache."""
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if runtime.is_absolute() and _ours_and_private(runtime):
+        return runtime / APP
+    import platformdirs
+
+    return platformdirs.user_cache_path(APP)
+
+
+def _ours_and_private(directory: Path) -> bool:
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
