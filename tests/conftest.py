@@ -1,0 +1,93 @@
+"""Real parts for the tests: a SoftHSM2 of their own, never the machine's."""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+MODULES = (
+    "/usr/lib/softhsm/libsofthsm2.so",
+    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
+)
+
+
+@dataclass(frozen=True)
+class SoftToken:
+    """A SoftHSM2 token made for a test."""
+
+    module: str
+    conf: str
+    label: str
+    pin: str = field(repr=False)
+    so_pin: str = field(repr=False)
+
+    @property
+    def uri(self) -> str:
+        return f"pkcs11:token={self.label}"
+
+    def pkcs11_tool(self, *arguments: str, login: bool = True) -> str:
+        """Run OpenSC's ``pkcs11-tool`` on this token, as a stranger to our code."""
+        command = ["pkcs11-tool", "--module", self.module, "--token-label", self.label]
+        command += ["--login", "--pin", "env:TEST_PIN"] if login else []
+        environment = os.environ | {"TEST_PIN": self.pin, "SOFTHSM2_CONF": self.conf}
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def softhsm_module() -> str:
+    found = next((path for path in MODULES if Path(path).exists()), None)
+    assert found, "SoftHSM2 is not installed: tests/run installs it"
+    return found
+
+
+@pytest.fixture(scope="session")
+def softhsm_conf() -> Iterator[str]:
+    """Path of a configuration with a token directory of this run; SoftHSM reads it once a process."""
+    home = Path(tempfile.mkdtemp(prefix="softhsm-"))
+    (home / "tokens").mkdir()
+    conf = home / "softhsm2.conf"
+    conf.write_text(f"directories.tokendir = {home}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n")
+    before = os.environ.get("SOFTHSM2_CONF")
+    os.environ["SOFTHSM2_CONF"] = str(conf)
+    yield str(conf)
+    os.environ.pop("SOFTHSM2_CONF") if before is None else os.environ.update(SOFTHSM2_CONF=before)
+    shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def new_token(softhsm_module: str, softhsm_conf: str) -> Callable[..., SoftToken]:
+    """Make a token: ``new_token()`` or ``new_token("label")``."""
+
+    def make(label: str | None = None) -> SoftToken:
+        label = label or f"token-{secrets.token_hex(4)}"
+        pin, so_pin = f"{secrets.randbelow(10**8):08}", secrets.token_hex(8)
+        token = SoftToken(softhsm_module, softhsm_conf, label, pin, so_pin)
+        environment = os.environ | {"TEST_PIN": token.pin, "TEST_SO_PIN": token.so_pin}
+        tool = ["pkcs11-tool", "--module", softhsm_module, "--so-pin", "env:TEST_SO_PIN"]
+        listing = subprocess.check_output(["softhsm2-util", "--show-slots"], env=environment, text=True)
+        slot = re.findall(r"^Slot (\d+)", listing, re.MULTILINE)[-1]  # the uninitialised one comes last
+        for step in (
+            ["--slot", slot, "--init-token", "--label", label],
+            ["--token-label", label, "--login", "--login-type", "so", "--init-pin", "--pin", "env:TEST_PIN"],
+        ):
+            done = subprocess.run([*tool, *step], env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        return token
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def soft_token(new_token: Callable[..., SoftToken]) -> SoftToken:
+    """One token that the tests of a run share; make another where a test changes more than its own keys."""
+    return new_token()
