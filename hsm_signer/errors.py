@@ -4,6 +4,7 @@
 
     HsmSignerError                  .hint
     ├── ConfigError                 a setting, a file or an argument is wrong
+    │   └── UnsafeFileError         another user could have written it, or could read it
     ├── TokenError                  module, slot, token or session            .code
     │   ├── ModuleError             the module does not load or start
     │   ├── TokenNotFoundError      no token matches                          .candidates
@@ -42,6 +43,10 @@ class HsmSignerError(Exception):
 
 class ConfigError(HsmSignerError):
     """A setting, a file or an argument is wrong; nothing was opened, asked or sent."""
+
+
+class UnsafeFileError(ConfigError):
+    """A file or directory is not one to trust: its kind, owner, mode or size."""
 
 
 class TokenError(HsmSignerError):

@@ -1,0 +1,263 @@
+"""Files that decide about secrets: opened without following links, judged by ``fstat`` on what was opened.
+
+A path says nothing: between a look at it and its opening another user can put something else there.
+``UnsafeFileError`` means that the file is not one to trust; that it is missing or cannot be read stays an
+``OSError``. Where a platform has no owners and modes (Windows) only kind and size are judged.
+"""
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from hsm_signer.errors import UnsafeFileError
+
+PRIVATE = 0o077  # group and others may do nothing
+UNTOUCHED = 0o022  # group and others may not write
+
+# O_NONBLOCK: the opening of a FIFO must not wait for a writer, and a terminal must not become ours.
+_READ = sum(
+    getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
+)
+_CREATE = sum(
+    getattr(os, flag, 0) for flag in ("O_WRONLY", "O_CREAT", "O_EXCL", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
+)
+_DIRECTORY = _READ | getattr(os, "O_DIRECTORY", 0)
+_HAS_DIR_FD = os.open in os.supports_dir_fd
+
+
+def open_regular(
+    path: Path,
+    *,
+    forbidden: int = PRIVATE,
+    forbidden_to_root: int | None = None,
+    max_size: int | None = None,
+    dir_fd: int | None = None,
+) -> BinaryIO:
+    """Open a regular file of ours or root's for reading.
+
+    ``forbidden``: mode bits that it must not have; ``forbidden_to_root`` replaces them where the file is
+    root's. ``max_size``: bytes. The caller closes the file.
+    """
+    if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+        raise UnsafeFileError(f"{path} is a link, not a regular file")
+    try:
+        descriptor = os.open(path, _READ, dir_fd=dir_fd)
+    except OSError as exc:
+        raise _judged(path, exc, stat.S_ISREG, "a regular file", dir_fd) from None
+    try:
+        found = os.fstat(descriptor)
+        _check_kind(path, found, max_size)
+        _check_access(path, found, forbidden, forbidden_to_root)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(
+    path: Path,
+    *,
+    max_size: int,
+    forbidden: int = PRIVATE,
+    forbidden_to_root: int | None = None,
+    dir_fd: int | None = None,
+) -> bytes:
+    """Read the whole of a file that passes :func:`open_regular`."""
+    with open_regular(
+        path, forbidden=forbidden, forbidden_to_root=forbidden_to_root, max_size=max_size, dir_fd=dir_fd
+    ) as file:
+        content = file.read(max_size + 1)
+    if len(content) > max_size:  # it grew, or it is a file whose size says nothing, as below /proc
+        raise UnsafeFileError(f"{path} holds more than the {max_size} bytes that are read")
+    return content
+
+
+def create(path: Path, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None) -> None:
+    """Write a file that must not exist yet, and sync it; ``FileExistsError`` where anything has that name."""
+    descriptor = os.open(path, _CREATE, mode, dir_fd=dir_fd)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if hasattr(os, "fchmod"):
+                os.fchmod(descriptor, mode)  # whatever the umask is
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        os.unlink(path, dir_fd=dir_fd)
+        raise
+
+
+def replace(path: Path, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None) -> None:
+    """Put a file in the place of ``path`` in one step; whoever reads sees the old content or the new.
+
+    ``mode`` is for a file that is new: one that exists keeps its own.
+    """
+    with suppress(OSError):
+        found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        if stat.S_ISREG(found.st_mode):
+            mode = stat.S_IMODE(found.st_mode) & 0o777
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    create(fresh, content, mode=mode, dir_fd=dir_fd)
+    try:
+        os.replace(fresh, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except BaseException:
+        os.unlink(fresh, dir_fd=dir_fd)
+        raise
+    if dir_fd is None:
+        sync_directory(path.parent)
+    else:
+        os.fsync(dir_fd)
+
+
+class PrivateDirectory:
+    """A directory of ours, held open: what happens in it happens there, whatever its path means later."""
+
+    def __init__(self, path: Path, descriptor: int | None) -> None:
+        self.path = path
+        self._descriptor = descriptor  # None where there is no openat(2): then the path has to do
+
+    def __repr__(self) -> str:
+        return f"PrivateDirectory({str(self.path)!r})"
+
+    def _name(self, name: str) -> Path:
+        return self.path / name if self._descriptor is None else Path(name)
+
+    def exists(self, name: str) -> bool:
+        """Whether anything has this name, a dangling link too."""
+        try:
+            os.stat(self._name(name), dir_fd=self._descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self) -> list[str]:
+        """List what is in it, sorted."""
+        place = self.path if self._descriptor is None else self._descriptor
+        return sorted(os.listdir(place))  # noqa: PTH208  (pathlib knows no descriptors)
+
+    def read_bytes(self, name: str, *, max_size: int, forbidden: int = PRIVATE) -> bytes:
+        """Read a file of ours or root's, judged as in :func:`open_regular`."""
+        return read_bytes(self._name(name), max_size=max_size, forbidden=forbidden, dir_fd=self._descriptor)
+
+    def create(self, name: str, content: bytes, *, mode: int = 0o600) -> None:
+        """Write a file that must not exist yet, and sync it together with its name."""
+        create(self._name(name), content, mode=mode, dir_fd=self._descriptor)
+        self._sync()
+
+    def replace(self, name: str, content: bytes, *, mode: int = 0o600) -> None:
+        """Put a file in the place of ``name`` in one step."""
+        replace(self._name(name), content, mode=mode, dir_fd=self._descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing where there is none."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._name(name), dir_fd=self._descriptor)
+            self._sync()
+
+    def _sync(self) -> None:
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+
+
+@contextmanager
+def private_directory(
+    path: Path, *, forbidden: int = PRIVATE, create: bool = True
+) -> Iterator[PrivateDirectory]:
+    """Open a directory of ours, made with mode 0700 (and so its parents) where it is missing.
+
+    ``forbidden``: mode bits that one which was there must not have.
+    """
+    if create:
+        _make(path)
+    if not _HAS_DIR_FD:
+        yield PrivateDirectory(path, None)
+        return
+    try:
+        descriptor = os.open(path, _DIRECTORY)
+    except OSError as exc:
+        raise _judged(path, exc, stat.S_ISDIR, "a directory") from None
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != _uid():
+            raise UnsafeFileError(f"{path} belongs to user id {found.st_uid}, not to us ({_uid()})")
+        _check_access(path, found, forbidden)
+        yield PrivateDirectory(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory last (nothing where directories cannot be opened)."""
+    if _HAS_DIR_FD:
+        descriptor = os.open(path, _DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _make(path: Path) -> None:
+    if not path.exists():
+        _make(path.parent)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+
+
+def _check_kind(path: Path, found: os.stat_result, max_size: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise UnsafeFileError(f"{path} is {_kind(found.st_mode)}, not a regular file")
+    if max_size is not None and found.st_size > max_size:
+        raise UnsafeFileError(f"{path} holds {found.st_size} bytes; at most {max_size} are read")
+
+
+def _check_access(
+    path: Path, found: os.stat_result, forbidden: int, forbidden_to_root: int | None = None
+) -> None:
+    uid = _uid()
+    if uid is None:
+        return
+    if found.st_uid not in (uid, 0):
+        raise UnsafeFileError(f"{path} belongs to user id {found.st_uid}, neither to us ({uid}) nor to root")
+    if found.st_uid == 0 and forbidden_to_root is not None:
+        forbidden = forbidden_to_root
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & forbidden:
+        raise UnsafeFileError(
+            f"{path} has mode {mode:04o}: other users could {_access(mode & forbidden)} it",
+            hint=f"chmod {mode & ~forbidden & 0o777:04o} {path}",
+        )
+
+
+def _judged(
+    path: Path, exc: OSError, is_sought: Callable[[int], bool], sought: str, dir_fd: int | None = None
+) -> OSError | UnsafeFileError:
+    """Name what it is that O_NOFOLLOW or O_DIRECTORY refused, or that cannot be opened at all (a socket)."""
+    try:
+        mode = os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode
+    except OSError:
+        return exc
+    return exc if is_sought(mode) else UnsafeFileError(f"{path} is {_kind(mode)}, not {sought}")
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISLNK, "a link"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISREG, "a file"),
+    )
+    return next((name for test, name in kinds if test(mode)), "a device")
+
+
+def _access(bits: int) -> str:
+    names = [name for mask, name in ((0o044, "read"), (0o022, "write"), (0o011, "run")) if bits & mask]
+    return " and ".join(names)
+
+
+def _uid() -> int | None:
+    return os.geteuid() if hasattr(os, "geteuid") else None
