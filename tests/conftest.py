@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from faults import FaultyModule, compile_module
 
 MODULES = (
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -91,3 +92,16 @@ def new_token(softhsm_module: str, softhsm_conf: str) -> Callable[..., SoftToken
 def soft_token(new_token: Callable[..., SoftToken]) -> SoftToken:
     """One token that the tests of a run share; make another where a test changes more than its own keys."""
     return new_token()
+
+
+@pytest.fixture(scope="session")
+def faulty_shared_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_module(tmp_path_factory.mktemp("faulty"))
+
+
+@pytest.fixture
+def faulty(
+    faulty_shared_object: Path, softhsm_module: str, tmp_path_factory: pytest.TempPathFactory
+) -> FaultyModule:
+    """A module that counts calls and fails as told, in front of the tokens of :func:`new_token`."""
+    return FaultyModule(faulty_shared_object, Path(softhsm_module), tmp_path_factory.mktemp("faulty"))
