@@ -6,7 +6,6 @@ A path says nothing: between a look at it and its opening another user can put s
 """
 
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ _READ = sum(
 _CREATE = sum(
     getattr(os, flag, 0) for flag in ("O_WRONLY", "O_CREAT", "O_EXCL", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
 )
+_LOCK = _READ | os.O_RDWR | os.O_CREAT
 _DIRECTORY = _READ | getattr(os, "O_DIRECTORY", 0)
 _HAS_DIR_FD = os.open in os.supports_dir_fd
 
@@ -91,16 +91,18 @@ def create(path: Path, content: bytes, *, mode: int = 0o600, dir_fd: int | None 
         raise
 
 
-def replace(path: Path, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None) -> None:
+def replace(path: Path, content: bytes, *, mode: int | None = None, dir_fd: int | None = None) -> None:
     """Put a file in the place of ``path`` in one step; whoever reads sees the old content or the new.
 
-    ``mode`` is for a file that is new: one that exists keeps its own.
+    Without ``mode`` a file that exists keeps its own, and a new one gets 0600.
     """
-    with suppress(OSError):
-        found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
-        if stat.S_ISREG(found.st_mode):
-            mode = stat.S_IMODE(found.st_mode) & 0o777
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    if mode is None:
+        mode = 0o600
+        with suppress(OSError):
+            found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode):
+                mode = stat.S_IMODE(found.st_mode) & 0o777
+    fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     create(fresh, content, mode=mode, dir_fd=dir_fd)
     try:
         os.replace(fresh, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
@@ -149,8 +151,24 @@ class PrivateDirectory:
         self._sync()
 
     def replace(self, name: str, content: bytes, *, mode: int = 0o600) -> None:
-        """Put a file in the place of ``name`` in one step."""
+        """Put a file of this mode in the place of ``name`` in one step."""
         replace(self._name(name), content, mode=mode, dir_fd=self._descriptor)
+
+    def open_lock(self, name: str) -> int:
+        """Open a file of ours to lock it, made where it is missing; the caller closes the descriptor."""
+        path = self._name(name)
+        try:
+            descriptor = os.open(path, _LOCK, 0o600, dir_fd=self._descriptor)
+        except OSError as exc:
+            raise _judged(path, exc, stat.S_ISREG, "a regular file", self._descriptor) from None
+        try:
+            found = os.fstat(descriptor)
+            _check_kind(path, found, None)
+            _check_access(path, found, PRIVATE)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing where there is none."""

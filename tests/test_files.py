@@ -212,12 +212,19 @@ def test_creating_never_touches_what_has_the_name(secret: Path, tmp_path: Path) 
 def test_replacing_keeps_the_mode_and_leaves_nothing_behind(secret: Path, tmp_path: Path) -> None:
     secret.chmod(0o644)
     inode = secret.stat().st_ino
-    files.replace(secret, b"new", mode=0o600)
+    files.replace(secret, b"new")
     assert (secret.read_bytes(), mode_of(secret)) == (b"new", 0o644)
     assert secret.stat().st_ino != inode
     files.replace(tmp_path / "fresh", b"first", mode=0o640)
     assert ((tmp_path / "fresh").read_bytes(), mode_of(tmp_path / "fresh")) == (b"first", 0o640)
     assert {path.name for path in tmp_path.iterdir()} == {"secret", "fresh"}
+
+
+def test_in_a_private_directory_a_replacement_is_private_whatever_was_there(tmp_path: Path) -> None:
+    with files.private_directory(tmp_path / "d") as directory:
+        directory.create("name", b"old", mode=0o644)
+        directory.replace("name", b"new")
+    assert mode_of(tmp_path / "d" / "name") == 0o600
 
 
 def test_replacing_a_link_leaves_its_target_alone(secret: Path, tmp_path: Path) -> None:
@@ -303,6 +310,33 @@ def test_work_in_a_directory_stays_in_it_when_its_name_moves(tmp_path: Path) -> 
             directory.read_bytes("second", max_size=2)
     assert list(path.iterdir()) == []
     assert (tmp_path / "moved" / "first").read_bytes() == b"11"
+
+
+def test_a_lock_file_is_made_once_and_never_emptied(tmp_path: Path) -> None:
+    with files.private_directory(tmp_path / "d") as directory:
+        for _ in range(2):
+            os.close(directory.open_lock("lock"))
+            (tmp_path / "d" / "lock").write_bytes(b"kept")
+        assert directory.read_bytes("lock", max_size=4) == b"kept"
+    assert mode_of(tmp_path / "d" / "lock") == 0o600
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory", "wide"])
+def test_what_stands_in_the_place_of_a_lock_file_is_refused(tmp_path: Path, kind: str) -> None:
+    with files.private_directory(tmp_path / "d") as directory:
+        name = tmp_path / "d" / "lock"
+        match kind:
+            case "link":
+                name.symlink_to(tmp_path / "elsewhere")
+            case "fifo":
+                os.mkfifo(name, 0o600)
+            case "directory":
+                name.mkdir(0o700)
+            case "wide":
+                directory.create("lock", b"", mode=0o666)
+        with pytest.raises(UnsafeFileError):
+            directory.open_lock("lock")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_dangling_link_exists(tmp_path: Path) -> None:
