@@ -4,7 +4,8 @@
 
     HsmSignerError                  .hint
     ├── ConfigError                 a setting, a file or an argument is wrong
-    │   └── UnsafeFileError         another user could have written it, or could read it
+    │   ├── UnsafeFileError         another user could have written it, or could read it
+    │   └── ProfileNotChangedError  a person has to change the profile        .lines
     ├── TokenError                  module, slot, token or session            .code
     │   ├── ModuleError             the module does not load or start
     │   ├── TokenNotFoundError      no token matches                          .candidates
@@ -47,6 +48,14 @@ class ConfigError(HsmSignerError):
 
 class UnsafeFileError(ConfigError):
     """A file or directory is not one to trust: its kind, owner, mode or size."""
+
+
+class ProfileNotChangedError(ConfigError):
+    """A profile cannot be changed by us. ``lines``: what a person has to write there, as TOML."""
+
+    def __init__(self, message: str, *, lines: Sequence[str], hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.lines = tuple(lines)
 
 
 class TokenError(HsmSignerError):

@@ -244,7 +244,7 @@ def read_certificates(data: bytes) -> list[Certificate]:
     """Read one certificate in DER, or all in PEM with whatever text is around them (RFC 7468 §2)."""
     if len(data) > MAX_BYTES:
         raise ConfigError(f"a certificate of {len(data)} bytes; at most {MAX_BYTES} are read")
-    if data[:1] == b"\x30":
+    if data[:1] == b"\x30" and data[1:2] >= b"\x80":  # a long length; text may start with "0" too
         return [_read(data)]
     blocks = _CERTIFICATE.findall(data + b"\n")
     if not blocks:

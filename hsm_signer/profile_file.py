@@ -1,0 +1,125 @@
+"""Change settings of one profile in its TOML file, and nothing else in it.
+
+The standard library reads TOML and does not write it. This edits the lines ``key = "text"`` below the header
+``[profiles.NAME]``, and then has :mod:`tomllib` say whether the result means what was intended. A file that
+is written in another way is left as it is, and the lines to change are handed to the person.
+"""
+
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+
+from hsm_signer import files
+from hsm_signer.errors import ConfigError, ProfileNotChangedError
+
+MAX_BYTES = 1 << 20
+_HEADER = re.compile(r"\s*\[")
+_STATEMENT = re.compile(
+    r"""(?P<start>\s*(?:(?P<bare>[A-Za-z0-9_-]+)|"(?P<quoted>[^"\\]+)")\s*=\s*)"""
+    r"""(?:"(?:[^"\\]|\\.)*"|'[^']*')(?P<end>\s*(?:\#.*)?)$"""
+)
+
+
+def change(path: Path, profile: str, changes: Mapping[str, str | None]) -> None:
+    """Set, add or (``None``) remove settings of a profile by one atomic replacement; mode and comments stay.
+
+    Raises :class:`ProfileNotChangedError` with the lines for a person to change where the file is not ours to
+    write, or is written in a way that this does not edit.
+    """
+    path = path.resolve()  # a link stays one
+    before = files.read_bytes(path, max_size=MAX_BYTES, forbidden=files.UNTOUCHED)
+    after = changed(before.decode(), profile, changes).encode()
+    if after == before:
+        return
+    if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):  # root may, and should not
+        raise not_changed(f"{path} is read-only", profile, changes)
+    try:
+        files.replace(path, after)
+    except OSError as exc:
+        raise not_changed(f"{path} cannot be replaced ({exc.strerror})", profile, changes) from None
+
+
+def changed(text: str, profile: str, changes: Mapping[str, str | None]) -> str:
+    """Give the text with the changes made; errors as in :func:`change`."""
+    wanted = deepcopy(tomllib.loads(text))
+    settings = wanted.get("profiles", {}).get(profile)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"no profile {profile!r} in the file")
+    for name, value in changes.items():
+        if value is None:
+            settings.pop(name, None)
+        else:
+            settings[name] = value
+    after = "".join(_edited(text.splitlines(keepends=True), profile, changes))
+    if not _means(after, wanted):
+        raise not_changed("the file is written in a way that is not edited here", profile, changes)
+    return after
+
+
+def not_changed(reason: str, profile: str, changes: Mapping[str, str | None]) -> ProfileNotChangedError:
+    """Make the error that carries the lines for a person to change."""
+    lines = [f"[profiles.{_key(profile)}]"]
+    lines += [
+        f"# {name}: remove this setting" if value is None else f"{name} = {_string(value)}"
+        for name, value in changes.items()
+    ]
+    return ProfileNotChangedError(
+        reason, lines=lines, hint="change these lines yourself: " + " / ".join(lines)
+    )
+
+
+def _means(text: str, wanted: Mapping[str, object]) -> bool:
+    try:
+        return tomllib.loads(text) == wanted
+    except tomllib.TOMLDecodeError:
+        return False
+
+
+def _edited(lines: list[str], profile: str, changes: Mapping[str, str | None]) -> list[str]:
+    start = next((n for n, line in enumerate(lines) if _is_header_of(line, profile)), None)
+    if start is None:
+        return lines
+    end = next((n for n in range(start + 1, len(lines)) if _HEADER.match(lines[n])), len(lines))
+    body, missing = [lines[start]], dict(changes)
+    for line in lines[start + 1 : end]:
+        name = _name(line)
+        if name not in missing:
+            body.append(line)
+        elif (value := missing.pop(name)) is not None:
+            body.append(_with_value(line, value))
+    newline = "\r\n" if lines[start].endswith("\r\n") else "\n"
+    added = [f"{name} = {_string(value)}{newline}" for name, value in missing.items() if value is not None]
+    place = 1 + max(n for n, line in enumerate(body) if n == 0 or _name(line))
+    if added and not body[place - 1].endswith("\n"):
+        body[place - 1] += newline
+    return [*lines[:start], *body[:place], *added, *body[place:], *lines[end:]]
+
+
+def _is_header_of(line: str, profile: str) -> bool:
+    return bool(_HEADER.match(line)) and _means(line, {"profiles": {profile: {}}})
+
+
+def _name(line: str) -> str | None:
+    found = _STATEMENT.match(line.rstrip("\r\n"))
+    return (found["bare"] or found["quoted"]) if found else None
+
+
+def _with_value(line: str, value: str) -> str:
+    content = line.rstrip("\r\n")
+    return _STATEMENT.sub(lambda m: f"{m['start']}{_string(value)}{m['end']}", content) + line[len(content) :]
+
+
+def _string(value: str) -> str:
+    """TOML basic string."""
+    if not value.isprintable():
+        raise ConfigError(f"a setting must be printable text, found {value!r}")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _string(name)
