@@ -105,3 +105,21 @@ def faulty(
 ) -> FaultyModule:
     """A module that counts calls and fails as told, in front of the tokens of :func:`new_token`."""
     return FaultyModule(faulty_shared_object, Path(softhsm_module), tmp_path_factory.mktemp("faulty"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    return _fail_skips((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    return _fail_skips((yield))
+
+
+def _fail_skips(report):
+    """In CI a skip is a failure: what is not run there is not run anywhere."""
+    if os.environ.get("CI") and report.outcome == "skipped":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI forbids: {report.longrepr}"
+    return report
