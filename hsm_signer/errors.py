@@ -25,7 +25,7 @@
     │   └── SignatureInvalidError   it does not verify under the public key
     ├── OAuthError                  the authorization server said no          .error .description .status
     │   └── TokenResponseError      its answer is no access token that we accept
-    ├── TransportError              network, TLS or server trouble            .attempts
+    ├── TransportError              network, TLS or server trouble            .attempts .sent
     └── VerificationError           an access token or certificate failed a check
 
 No message holds a PIN, an assertion or an access token.
@@ -172,11 +172,28 @@ class TokenResponseError(OAuthError):
 
 
 class TransportError(HsmSignerError):
-    """Network, TLS or server trouble; trying later can help. ``attempts``: what was tried, one line each."""
+    """Network, TLS or server trouble; trying later can help.
 
-    def __init__(self, message: str, *, attempts: Sequence[str] = (), hint: str | None = None) -> None:
+    ``attempts``: what was tried, one line each. ``sent``: whether a part of the request may have left us.
+    ``transient``: whether the same request may do better in a moment. ``retry_after``: seconds that the
+    server asked us to wait, or ``None``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        attempts: Sequence[str] = (),
+        sent: bool = True,
+        transient: bool = True,
+        retry_after: float | None = None,
+        hint: str | None = None,
+    ) -> None:
         super().__init__(message, hint=hint)
         self.attempts = tuple(attempts)
+        self.sent = sent
+        self.transient = transient
+        self.retry_after = retry_after
 
 
 class VerificationError(HsmSignerError):

@@ -1,0 +1,197 @@
+"""requests, tied down: our TLS context and nobody else's, and connections that tell what they have done.
+
+``requests.Session`` is left out on purpose: it is what reads ``~/.netrc``, proxy and CA variables, follows
+redirects and keeps cookies. Imported on the first request only: requests takes longer than all the rest.
+"""
+
+import socket
+import ssl
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from hsm_signer.errors import TransportError
+
+MAX_BODY = 1024 * 1024  # bytes
+
+_thread = threading.local()
+
+
+class Exchange:
+    """One request and its answer, shared by the thread that carries it out and the one that waits for it."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.done = threading.Event()
+        self.answer: tuple[int, Mapping[str, str], bytes] | None = None  # status, header, body
+        self.failure: TransportError | None = None
+        self.connection: HTTPConnection | None = None
+        self._lock = threading.Lock()
+        self._given_up = self._sent = False
+
+    def run(
+        self, adapter: "StrictAdapter", request: requests.PreparedRequest, options: Mapping[str, Any]
+    ) -> None:
+        """Carry it out. What fails becomes ``failure``: foreign exceptions hold the request."""
+        _thread.exchange = self
+        try:
+            response = adapter.send(request, stream=True, **options)
+            self.answer = response.status_code, response.headers, _body(response)
+        except Exception as exc:  # noqa: BLE001  # whatever it is, it ends here
+            self.failure = _failure(exc, self.where, sent=self._sent)
+        finally:
+            self.done.set()
+
+    def begin(self, connection: HTTPConnection) -> None:
+        """Note which connection is in use; refuse to go on when nobody waits any more."""
+        self.connection = connection
+        if self._given_up:
+            raise _GivenUpError
+
+    def send(self) -> None:
+        """Note that bytes of the request leave us from now on."""
+        with self._lock:
+            if self._given_up:
+                raise _GivenUpError
+            self._sent = True
+
+    def give_up(self) -> bool:
+        """Stop it, also in the middle of a read; whether a part of the request may have been sent."""
+        with self._lock:
+            self._given_up = True
+        sock = getattr(self.connection, "sock", None)
+        if sock is not None:
+            with suppress(OSError):  # the thread may be closing it at this moment
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        return self._sent
+
+
+class _GivenUpError(Exception):
+    pass
+
+
+class _Telling:
+    """A connection that tells the exchange of its thread what it does."""
+
+    def connect(self) -> None:
+        _thread.exchange.begin(self)
+        super().connect()  # type: ignore[misc]
+
+    def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        _thread.exchange.begin(self)
+        if self.is_closed:  # type: ignore[attr-defined]  # else http.client connects while it sends
+            self.connect()
+        _thread.exchange.send()
+        super().request(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Connection(_Telling, HTTPConnection):
+    pass
+
+
+class _TlsConnection(_Telling, HTTPSConnection):
+    pass
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+_POOLS = {"http": _Pool, "https": _TlsPool}
+
+
+class StrictAdapter(HTTPAdapter):
+    """Trusts what the TLS context trusts, to the server and to an https proxy, and nothing else."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """As in the base class, with our context and connections."""
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> urllib3.ProxyManager:  # noqa: ANN401
+        """As in the base class, with our context and connections."""
+        contexts = {"ssl_context": self._context, "proxy_ssl_context": self._context}
+        manager: urllib3.ProxyManager = super().proxy_manager_for(proxy, **kwargs, **contexts)
+        manager.pool_classes_by_scheme = _POOLS
+        return manager
+
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:  # noqa: ANN401
+        """Leave the roots alone: the base class would add certifi's to those of our context."""
+        conn.cert_reqs = "CERT_REQUIRED"
+
+
+def _body(response: requests.Response) -> bytes:
+    body = bytearray()
+    while chunk := response.raw.read(64 * 1024, decode_content=False):
+        body += chunk
+        if len(body) > MAX_BODY:
+            response.close()
+            raise _TooLargeError
+    return bytes(body)
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _failure(exc: Exception, where: str, *, sent: bool) -> TransportError:
+    """Say in our words what a foreign exception, which is dropped, was about."""
+    causes = list(_causes(exc))
+    if any(isinstance(cause, urllib3.exceptions.ProxyError) for cause in causes):
+        where += " through the proxy"
+    message, transient, hint = _explained(causes)
+    return TransportError(f"{where}: {message}", sent=sent, transient=transient, hint=hint)
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """The exception and those that it wraps, in any of the ways of requests and urllib3."""
+    waiting, seen = [exc], set()
+    while waiting:
+        cause = waiting.pop(0)
+        if id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        wrapped = (*cause.args, getattr(cause, "reason", None), cause.__cause__, cause.__context__)
+        waiting += [other for other in wrapped if isinstance(other, BaseException)]
+
+
+def _explained(causes: list[BaseException]) -> tuple[str, bool, str | None]:
+    """Message, whether trying again can help, and a hint; only texts that OpenSSL or the system chose."""
+    for cause in causes:
+        match cause:
+            case _TooLargeError():
+                return f"the answer is larger than {MAX_BODY} bytes", False, None
+            case ssl.SSLCertVerificationError():
+                hint = "is it the right server, and does ca-bundle name the root of its certificate?"
+                return f"the server's certificate is not accepted: {cause.verify_message}", False, hint
+            case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
+                return "the connection was closed during TLS", True, None
+            case ssl.SSLError():
+                return f"TLS failed: {cause.reason or type(cause).__name__}", False, None
+            case socket.gaierror():
+                return f"the name is not resolved: {cause.strerror}", cause.errno == socket.EAI_AGAIN, None
+            case urllib3.exceptions.ReadTimeoutError():
+                return "no answer in time", True, None
+            case urllib3.exceptions.ConnectTimeoutError() if not isinstance(
+                cause, urllib3.exceptions.NewConnectionError
+            ):
+                return "no connection in time", True, None
+            case OSError(strerror=str(reason)) if not isinstance(cause, requests.RequestException):
+                return f"{reason} ({type(cause).__name__})", True, None
+    return f"no complete answer ({type(causes[-1]).__name__})", True, None
