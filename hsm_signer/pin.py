@@ -187,10 +187,13 @@ def _from_keyring(argument: str) -> str:
         raise ConfigError(
             "the package keyring is not installed", hint="pip install hsm-signer[keyring]"
         ) from None
+    trouble = None
     try:
         pin = keyring.get_password(service, user)
     except keyring.errors.KeyringError as exc:
-        raise ConfigError(f"the keyring does not answer: {type(exc).__name__}") from None
+        trouble = type(exc).__name__
+    if trouble:  # raised out here: a foreign exception can carry anything
+        raise ConfigError(f"the keyring does not answer: {trouble}")
     if pin is None:
         raise ConfigError(f"the keyring has no password of {user} for {service}")
     return str(pin)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -22,10 +23,12 @@ from pathlib import Path
 
 from hsm_signer import files, paths
 from hsm_signer.errors import PinRefusedError, UnsafeFileError
+from hsm_signer.locks import try_lock
 
 log = logging.getLogger(__name__)
 
 UNATTENDED_WAIT = 60.0  # seconds for the lock: a login on a slow HSM takes some, and others are before us
+CHECK_WAIT = 2.0  # seconds to see whether a marker is of a login under way
 PROMPT_WAIT = 5.0  # a person waits for less: the login goes on, the marker stays
 
 # What C_Login answers when it has compared no PIN, by the wording of PKCS#11 v3.1 §5.1 and §5.6.8: the call
@@ -103,26 +106,35 @@ class LoginGuard:
         self._forgiven: dict[str, bytes | None] = {}
 
     def check(self, token_identity: str) -> None:
-        """Refuse where a marker stands, without the lock: before a PIN is fetched for nothing."""
+        """Refuse where the marker of an ended login stands, before a PIN is fetched for nothing."""
         if not self._unattended:
             return
         name = _name(token_identity)
         path = self._path()
         try:
-            with files.private_directory(path, forbidden=files.UNTOUCHED, create=False) as directory:
-                self._refuse_if_standing(_Marker(directory, name))
+            with ExitStack() as held:
+                directory = held.enter_context(
+                    files.private_directory(path, forbidden=files.UNTOUCHED, create=False)
+                )
+                marker = _Marker(directory, name)
+                # With the lock it is of no login under way; for one that is, attempt() waits.
+                if marker.read() is not None and _lock(held, directory, name, CHECK_WAIT):
+                    self._refuse_if_standing(marker)
         except FileNotFoundError:
-            self._forgiven.setdefault(name, None)
+            pass
         except (OSError, UnsafeFileError) as exc:
             raise _no_state(path, exc) from exc
+        self._forgiven.setdefault(name, None)
 
     @contextmanager
     def attempt(self, token_identity: str) -> Iterator[Attempt]:
         """Guard one login; see the module's text."""
-        self.check(token_identity)
+        name = _name(token_identity)
+        if name not in self._forgiven:
+            self.check(token_identity)
         with ExitStack() as held:
             enter = self._enter_unattended if self._unattended else self._enter_at_prompt
-            attempt = enter(held, _name(token_identity))
+            attempt = enter(held, name)
             try:
                 yield attempt
             except BaseException as exc:
@@ -134,7 +146,7 @@ class LoginGuard:
         try:
             directory = held.enter_context(files.private_directory(path, forbidden=files.UNTOUCHED))
             alone = _lock(held, directory, name, UNATTENDED_WAIT)
-        except (OSError, NotImplementedError, UnsafeFileError) as exc:
+        except (OSError, UnsafeFileError) as exc:
             raise _no_state(path, exc) from exc
         if not alone:
             raise PinRefusedError(
@@ -160,7 +172,7 @@ class LoginGuard:
             log.warning("an unattended login to this token is under way: its marker stays")
         except FileNotFoundError:
             pass
-        except (OSError, NotImplementedError, UnsafeFileError) as exc:
+        except (OSError, UnsafeFileError) as exc:
             log.warning("%s; a marker that stands there stays", exc)
         return Attempt(None, source=None)
 
@@ -168,7 +180,10 @@ class LoginGuard:
         return paths.state_directory() if self._state_directory is None else self._state_directory
 
     def _refuse_if_standing(self, marker: "_Marker") -> None:
-        """``retry`` forgives the marker that stood at the first look, not one that a later try left."""
+        """``retry`` forgives the marker that stood at the first look, not one that a later try left.
+
+        So of many processes that retry at once only one logs in.
+        """
         standing = marker.read()
         forgiven = self._forgiven.setdefault(marker.name, standing if self._retry else None)
         if standing is None or standing == forgiven:
@@ -212,13 +227,12 @@ class _Marker:
 
 def _lock(held: ExitStack, directory: files.PrivateDirectory, name: str, wait: float) -> bool:
     """Hold the token's lock as long as ``held``; ``False`` where somebody else held it all the while."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(directory.path / f"{name}.lock", mode=0o600)
-    try:
-        held.enter_context(lock.acquire(timeout=wait))
-    except Timeout:
-        return False
+    deadline = time.monotonic() + wait
+    while (lock := try_lock(directory, f"{name}.lock")) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
+    held.callback(lock.release)
     return True
 
 
