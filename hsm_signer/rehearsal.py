@@ -46,6 +46,7 @@ from joserfc.jwk import ECKey, RSAKey
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from hsm_signer.errors import ConfigError
+from hsm_signer.text import printable
 
 SCOPES = ("das-api/das-access", "das-api/office-exchange")
 ACCESS_TOKEN_LIFETIME = 3599  # seconds, what WIPO answers
@@ -141,24 +142,20 @@ class _Assertion(JWTBearerClientAssertion):  # type: ignore[misc]
                 "Invalid claim: 'aud'", f"expected {self.token_endpoint!r}, found {found!r:.200}"
             )
         super().verify_claims(claims)
-        ahead = claims["exp"] - time.time()
+        ahead = claims["exp"] - int(time.time())
         if ahead > MAX_AHEAD:
-            raise _RefusedError("JWT expiration time is unreasonable", f"exp is {ahead:.0f} s ahead")
+            raise _RefusedError("JWT expiration time is unreasonable", f"exp is {ahead} s ahead")
 
 
 class _Grant(ClientCredentialsGrant):  # type: ignore[misc]
     TOKEN_ENDPOINT_AUTH_METHODS = (_AUTH_METHOD,)
 
 
-def _printable(text: str) -> str:
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text[:500])
-
-
 class _AuthorizationServer(AuthorizationServer):  # type: ignore[misc]
     def handle_error_response(self, request: OAuth2Request, error: OAuth2Error) -> Response:
         parts = [error.error, error.get_error_description(), getattr(error, "found", "")]
         reason = ": ".join(part.removesuffix(".") for part in parts if part)
-        _log.warning("refused: %s", _printable(reason))
+        _log.warning("refused: %s", printable(reason))
         response: Response = super().handle_error_response(request, error)
         return response
 
