@@ -26,7 +26,7 @@
     ├── OAuthError                  the authorization server said no          .error .description .status
     │   └── TokenResponseError      its answer is no access token that we accept
     ├── TransportError              network, TLS or server trouble            .attempts .sent
-    └── VerificationError           an access token or certificate failed a check
+    └── VerificationError           an access token or certificate failed a check   .clause
 
 No message holds a PIN, an assertion or an access token.
 """
@@ -197,4 +197,12 @@ class TransportError(HsmSignerError):
 
 
 class VerificationError(HsmSignerError):
-    """A check of an access token or a certificate found something."""
+    """A check of an access token or a certificate found something.
+
+    ``clause``: what failed, in the standards' words, such as ``aud``; ``format``, ``signature`` and ``jwks``
+    are ours.
+    """
+
+    def __init__(self, message: str, *, clause: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.clause = clause
