@@ -1,0 +1,68 @@
+"""What the person at the keyboard can look at when the authorization server refuses.
+
+Servers say little: oidc-provider has one text for every reason, WIPO's family may answer 403 and nothing. So
+the likely causes come in order, each with our own value beside it, and never with an assertion.
+"""
+
+from collections.abc import Iterator
+
+from hsm_signer.assertion import MAX_CLOCK_OFFSET, ClientAssertion
+
+_NOTABLE = 10  # seconds between two clocks that some servers mind
+
+
+def refusal_hint(
+    error: str | None,
+    *,
+    assertion: ClientAssertion,
+    scope: str,
+    thumbprint: str | None = None,
+    kid: str | None = None,
+    clock_lead: float | None = None,
+) -> str:
+    """Name the likely causes of an OAuth error, the likeliest first.
+
+    ``thumbprint``: of the key that signed; ``kid``: as sent in the header. ``clock_lead``: seconds by which
+    the server's clock is ahead of the one that we stamp with, where it told.
+    """
+    client = f"client id {assertion.client_id!r}"
+    asked = f"scope {scope!r}" if scope else "no scope"
+    match error:
+        case "invalid_scope":
+            causes = [f"{asked} was asked for: is it spelt as registered, and may {client} have it?"]
+        case "unauthorized_client":
+            causes = [f"may {client} use the grant client_credentials?"]
+        case "unsupported_grant_type":
+            causes = ["does this endpoint offer the grant client_credentials? Is it the token endpoint?"]
+        case _:
+            causes = [
+                *_credentials(assertion, thumbprint, kid),
+                _clock(assertion, clock_lead),
+                f"{asked} was asked for",
+                f"{client}: is it spelt as registered?",
+            ]
+            if clock_lead is not None and abs(clock_lead) > assertion.lifetime:
+                causes.insert(0, causes.pop(-3))
+    return "likely causes: " + "; ".join(f"{number}. {cause}" for number, cause in enumerate(causes, 1))
+
+
+def _credentials(assertion: ClientAssertion, thumbprint: str | None, kid: str | None) -> Iterator[str]:
+    key = f" of the key with thumbprint {thumbprint}" if thumbprint else ""
+    yield f"the certificate{key} is not registered for this client, or another one took its place"
+    if kid is not None:
+        yield f"the server does not know kid {kid!r}"
+    yield f"the server expects another aud than {assertion.audience!r}, which must be the same to the letter"
+
+
+def _clock(assertion: ClientAssertion, lead: float | None) -> str:
+    if lead is None:
+        return f"the clocks differ by more than the {assertion.lifetime} s that the assertion lives"
+    if abs(lead) <= _NOTABLE:
+        return "the clock, but it agrees with the server's"
+    wanted = assertion.clock_offset + round(lead)
+    remedy = (
+        f"set clock-offset = {wanted}, or the clock" if abs(wanted) <= MAX_CLOCK_OFFSET else "set the clock"
+    )
+    side = "behind" if lead > 0 else "ahead of"
+    lives = f"an assertion lives {assertion.lifetime} s"
+    return f"our clock is {abs(lead):.0f} s {side} the server's, and {lives}: {remedy}"
