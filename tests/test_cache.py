@@ -376,11 +376,13 @@ class Fetcher:
             str(seconds),
         ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout
 
-    def start(self) -> None:
-        assert self.process.stdin and self.process.stdout
+    def ready(self) -> None:
+        assert self.process.stdout
         assert self.process.stdout.readline() == "ready\n"
+
+    def go(self) -> None:
+        assert self.process.stdin
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
 
@@ -391,27 +393,31 @@ class Fetcher:
         return token
 
 
+def started(fetchers: list[Fetcher]) -> list[Fetcher]:
+    """All of them, at about the same moment."""
+    for fetcher in fetchers:
+        fetcher.ready()
+    for fetcher in fetchers:
+        fetcher.go()
+    return fetchers
+
+
 def posts(directory: Path) -> int:
     return Path(f"{directory}-posts").read_text().count("POST")
 
 
 @pytest.mark.parametrize("lives", [3600, 20], ids=["long", "shorter than min_validity"])
 def test_fifty_processes_cause_one_fetch_and_get_one_access_token(directory: Path, lives: int) -> None:
-    fetchers = [Fetcher(directory, lives=lives, seconds=2) for _ in range(50)]
-    for fetcher in fetchers:
-        fetcher.start()
+    fetchers = started([Fetcher(directory, lives=lives, seconds=2) for _ in range(50)])
     assert len({fetcher.answer() for fetcher in fetchers}) == 1
     assert posts(directory) == 1
 
 
 def test_a_killed_holder_releases_the_others(directory: Path) -> None:
-    holder = Fetcher(directory, seconds=100)
-    holder.start()
+    [holder] = started([Fetcher(directory, seconds=100)])
     while not Path(f"{directory}-posts").exists():
         time.sleep(0.01)
-    others = [Fetcher(directory) for _ in range(3)]
-    for other in others:
-        other.start()
+    others = started([Fetcher(directory) for _ in range(3)])
     time.sleep(0.3)
     holder.process.send_signal(signal.SIGKILL)
     holder.process.communicate()
