@@ -227,8 +227,11 @@ class _Marker:
 
 def _lock(held: ExitStack, directory: files.PrivateDirectory, name: str, wait: float) -> bool:
     """Hold the token's lock as long as ``held``; ``False`` where somebody else held it all the while."""
-    deadline = time.monotonic() + wait
+    deadline, waiting = time.monotonic() + wait, False
     while (lock := try_lock(directory, f"{name}.lock")) is None:
+        if not waiting:
+            log.info("waiting for another login to this token")
+            waiting = True
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.05)

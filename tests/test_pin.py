@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -234,8 +235,12 @@ def test_a_command_is_split_like_a_shell_does_and_run_without_one(tmp_path: Path
 def test_a_command_reads_nothing_from_us_and_sees_no_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HSM_TOKEN_PIN", PIN)
     monkeypatch.setenv("OTHER_PIN", PIN)
-    source("env:OTHER_PIN")()
-    assert source("command:sh -c 'cat; env | grep -c PIN-5551; true'")() == "0"
+    statements = """
+    from_source('env:OTHER_PIN')()
+    print(from_source("command:sh -c 'cat; env | grep -c PIN-5551; true'")())
+    """
+    done = subprocess.run(program(statements), input="typed\n", capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n", done
 
 
 def test_what_a_command_says_goes_to_our_stderr(capfd: pytest.CaptureFixture[str]) -> None:
@@ -690,6 +695,27 @@ def test_a_login_that_hangs_holds_the_others_back_for_a_while(
     assert markers(state) == []
 
 
+def test_retry_does_not_forgive_the_login_that_it_waited_for(
+    pin_file: Path, state: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hsm_signer.pin_guard.CHECK_WAIT", 0.1)
+    caplog.set_level(logging.INFO, "hsm_signer")
+    made = source(f"file:{pin_file}", state_directory=state, retry=True)
+    with start(pin_file, state, "slow") as process:
+        assert hear(process) == "C_Login"
+
+        def fail_when_waited_for() -> None:
+            while caplog.text.count("waiting for another login") < 2:  # once to look, once to log in
+                time.sleep(0.01)
+            finish(process)
+
+        thread = threading.Thread(target=fail_when_waited_for)
+        thread.start()
+        with pytest.raises(PinRefusedError, match=f"process {process.pid}"), made.attempt("t"):
+            pass
+        thread.join()
+
+
 def test_no_lock_is_held_while_a_pin_is_fetched(pin_file: Path, state: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "gate")
     slow = source(f"command:cat {tmp_path}/gate", state_directory=state)
@@ -779,20 +805,14 @@ def test_a_marker_that_cannot_be_removed_is_told(
 
 
 def test_undumpable_means_no_core_and_no_look_from_outside() -> None:
-    """Another process of the same user can no longer read our environment or memory (prctl(2), proc(5))."""
+    """prctl(2): a process that is not dumpable cannot be attached to, and its /proc/PID/environ is root's."""
     statements = """
+    get_dumpable, libc = 3, ctypes.CDLL(None)
+    print(libc.prctl(get_dumpable, 0, 0, 0, 0), end=' ')
     make_undumpable()
-    print(resource.getrlimit(resource.RLIMIT_CORE)[0], flush=True)
-    sys.stdin.readline()
+    print(libc.prctl(get_dumpable, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)[0])
     """
-    command = program(statements, user=NOBODY)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert hear(process) == "0"
-        assert Path(f"/proc/{process.pid}/environ").stat().st_uid == 0
-        peek = f"print(Path('/proc/{process.pid}/environ').read_bytes())"
-        done = subprocess.run(program(peek, user=NOBODY), capture_output=True, text=True, timeout=60)
-        assert "PermissionError" in done.stderr
-        process.communicate("\n")
+    assert run(program(statements)) == "1 0 0\n"
 
 
 def test_the_module_loads_nothing_that_a_cached_fetch_would_wait_for() -> None:
