@@ -6,9 +6,9 @@ RFC 3279 §2.2.3 (``Ecdsa-Sig-Value``), RFC 7518 §3.4 (r‖s), SEC 1 §2.3 (poi
 
 from base64 import b64encode, urlsafe_b64decode
 from collections.abc import Mapping
+from functools import cache
 from textwrap import wrap
-
-from asn1crypto import core
+from typing import Any
 
 from hsm_signer.errors import KeyMismatchError, SignatureFormatError
 from hsm_signer.jose import b64url
@@ -23,8 +23,15 @@ _ORDERS = {  # of the base points of P-256, P-384 and P-521, by size in bytes: F
 _SPKI_PREFIX = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
 
 
-class _EcdsaSigValue(core.Sequence):  # type: ignore[misc]  # asn1crypto ships no types
-    _fields = [("r", core.Integer), ("s", core.Integer)]  # noqa: RUF012  # asn1crypto completes it in place
+@cache
+def _ecdsa_sig_value() -> Any:  # noqa: ANN401  # asn1crypto has no types
+    """The ASN.1 type (RFC 3279 §2.2.3); most tokens answer r‖s, and then asn1crypto is not loaded for it."""
+    from asn1crypto import core
+
+    class EcdsaSigValue(core.Sequence):  # type: ignore[misc]
+        _fields = [("r", core.Integer), ("s", core.Integer)]  # noqa: RUF012  # completed in place
+
+    return EcdsaSigValue
 
 
 def raw_from_der(der: bytes, size: int = SIZE) -> bytes:
@@ -35,7 +42,7 @@ def raw_from_der(der: bytes, size: int = SIZE) -> bytes:
     if type(der) is not bytes:
         raise SignatureFormatError(f"a DER signature is bytes, found {type(der).__name__}")
     try:
-        value = _EcdsaSigValue.load(der, strict=True)
+        value = _ecdsa_sig_value().load(der, strict=True)
         r, s = value["r"].native, value["s"].native
     except (ValueError, TypeError, KeyError, IndexError):
         raise SignatureFormatError(f"{len(der)} bytes that are no DER ECDSA signature") from None
@@ -50,12 +57,18 @@ def der_from_raw(raw: bytes) -> bytes:
 
     Raises :class:`SignatureFormatError` for another length and unless 0 < r, s < n.
     """
+    return _der(*integers_from_raw(raw))
+
+
+def integers_from_raw(raw: bytes) -> tuple[int, int]:
+    """r and s of P-256 from r‖s, 64 bytes (RFC 7518 §3.4); refuses what :func:`der_from_raw` refuses."""
     if type(raw) is not bytes or len(raw) != 2 * SIZE:
         found = f"{len(raw)} bytes" if type(raw) is bytes else type(raw).__name__
         raise SignatureFormatError(f"a raw ES256 signature has {2 * SIZE} bytes, found {found}")
     r, s = int.from_bytes(raw[:SIZE]), int.from_bytes(raw[SIZE:])
-    _raw(r, s, SIZE)
-    return _der(r, s)
+    if not (0 < r < _ORDERS[SIZE] and 0 < s < _ORDERS[SIZE]):
+        raise SignatureFormatError("r or s of the ECDSA signature is outside 1…n−1")
+    return r, s
 
 
 def raw_from_device(answer: bytes) -> bytes:
@@ -65,7 +78,7 @@ def raw_from_device(answer: bytes) -> bytes:
     needs some 48 zero bits in r and s, and would then fail the verification that follows.
     """
     if len(answer) == 2 * SIZE:
-        der_from_raw(answer)
+        integers_from_raw(answer)
         return answer
     return raw_from_der(answer)
 
@@ -78,7 +91,7 @@ def _raw(r: int, s: int, size: int) -> bytes:
 
 
 def _der(r: int, s: int) -> bytes:
-    der: bytes = _EcdsaSigValue({"r": r, "s": s}).dump(force=True)
+    der: bytes = _ecdsa_sig_value()({"r": r, "s": s}).dump(force=True)
     return der
 
 

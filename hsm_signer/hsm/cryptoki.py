@@ -1,0 +1,135 @@
+"""PKCS#11 functions below python-pkcs11: initialisation for threads, and sessions that it lost sight of.
+
+python-pkcs11 calls ``C_Initialize(NULL)``, which tells the module that there is one thread, and then runs
+every call without the GIL: threads crash it. Here a module is told the truth (``CKF_OS_LOCKING_OK``, PKCS#11
+v3.1 §5.4).
+"""
+
+import ctypes
+import os
+from contextlib import suppress
+
+from pkcs11 import _pkcs11
+from pkcs11.exceptions import PKCS11Error
+
+from hsm_signer.hsm.codes import code_of, name_of
+
+_OK, _ALREADY_INITIALIZED = 0x0, 0x191
+_CANNOT_LOCK = frozenset(
+    {0x07, 0x09, 0x0A, 0x54}
+)  # arguments bad, need to create threads, can't lock, unsupported
+_OS_LOCKING_OK = 0x2
+_USER_FUNCTIONS = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
+
+
+_INITIALIZE, _FINALIZE, _CLOSE_SESSION, _GET_SESSION_INFO = 0, 1, 13, 15  # places in CK_FUNCTION_LIST
+_POINTER_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)
+_HANDLE_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)
+_SESSION_INFO_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)
+
+
+class _InitializeArgs(ctypes.Structure):
+    """``CK_C_INITIALIZE_ARGS``."""
+
+    _fields_ = (
+        ("mutex_functions", ctypes.c_void_p * 4),
+        ("flags", ctypes.c_ulong),
+        ("reserved", ctypes.c_void_p),
+    )
+
+
+class _SessionInfo(ctypes.Structure):
+    """``CK_SESSION_INFO``."""
+
+    _fields_ = (
+        ("slot", ctypes.c_ulong),
+        ("state", ctypes.c_ulong),
+        ("flags", ctypes.c_ulong),
+        ("device_error", ctypes.c_ulong),
+    )
+
+
+class _FunctionList(ctypes.Structure):
+    """The head of ``CK_FUNCTION_LIST``: a version and pointers in the order of PKCS#11 v3.1 §3.6."""
+
+    if os.name == "nt":
+        _pack_ = 1
+    _fields_ = (("version", ctypes.c_ubyte * 2), ("functions", ctypes.c_void_p * 16))
+
+
+class Functions:
+    """Those functions of a module that python-pkcs11 does not call as we need them."""
+
+    def __init__(self, functions: _FunctionList) -> None:
+        self._list = functions
+
+    def initialize(self) -> int:
+        arguments = _InitializeArgs(flags=_OS_LOCKING_OK)
+        return int(_POINTER_CALL(self._list.functions[_INITIALIZE])(ctypes.addressof(arguments)))
+
+    def finalize(self) -> int:
+        return int(_POINTER_CALL(self._list.functions[_FINALIZE])(None))
+
+    def close_session(self, handle: int) -> int:
+        return int(_HANDLE_CALL(self._list.functions[_CLOSE_SESSION])(handle))
+
+    def logged_in(self, handle: int) -> bool:
+        info = _SessionInfo()
+        call = _SESSION_INFO_CALL(self._list.functions[_GET_SESSION_INFO])
+        return call(handle, ctypes.addressof(info)) == _OK and info.state in _USER_FUNCTIONS
+
+
+def _functions(path: str) -> Functions | None:
+    found = ctypes.POINTER(_FunctionList)()
+    answer = ctypes.CDLL(path).C_GetFunctionList(ctypes.byref(found))
+    return Functions(found.contents) if answer == _OK and found else None
+
+
+class Library(_pkcs11.lib):
+    """python-pkcs11's library with our initialisation: its constructor calls :meth:`initialize`.
+
+    ``locked``: the module was told of threads. ``owned``: we initialised it, so we may finalise it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.functions = _functions(path)
+        self.locked = self.owned = False
+        try:
+            super().__init__(path)
+        except PKCS11Error as exc:
+            self.shut()
+            if not self.locked or code_of(exc) != "CKR_CRYPTOKI_NOT_INITIALIZED":
+                raise
+            # p11-kit's client makes another function list for every C_GetFunctionList: what we initialised is
+            # not what python-pkcs11 calls, so it has to do it
+            self.functions = None
+            self.locked = self.owned = False
+            super().__init__(path)
+
+    def initialize(self) -> None:
+        if self.functions is not None:
+            answer = self.functions.initialize()
+            if answer == _OK:
+                self.locked = self.owned = True
+            if answer in (_OK, _ALREADY_INITIALIZED):
+                return
+            if answer not in _CANNOT_LOCK:
+                raise PKCS11Error(f"C_Initialize answered {name_of(answer)} ({answer:#x})")
+        try:
+            super().initialize()
+        except PKCS11Error as exc:
+            if code_of(exc) != "CKR_CRYPTOKI_ALREADY_INITIALIZED":
+                raise
+        else:
+            self.owned = True
+
+    def shut(self) -> None:
+        """Finalise what we initialised, whatever the module says to it.
+
+        python-pkcs11 knows only of what it initialised itself.
+        """
+        if self.initialized:
+            with suppress(PKCS11Error):
+                self.finalize()
+        elif self.functions is not None and self.owned:
+            self.functions.finalize()

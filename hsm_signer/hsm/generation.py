@@ -1,0 +1,171 @@
+"""Keys made in the token, with the strictest attributes that it takes (PKCS#11 v3.1 §4.9, §6.3.5)."""
+
+import logging
+import secrets
+from contextlib import suppress
+from typing import Any
+
+from pkcs11.constants import DEFAULT, Attribute, MechanismFlag, ObjectClass
+from pkcs11.exceptions import (
+    ArgumentsBad,
+    AttributeReadOnly,
+    AttributeTypeInvalid,
+    AttributeValueInvalid,
+    FunctionFailed,
+    GeneralError,
+    MechanismInvalid,
+    PKCS11Error,
+    TemplateIncomplete,
+    TemplateInconsistent,
+)
+from pkcs11.mechanisms import KeyType
+
+from hsm_signer.errors import (
+    ConfigError,
+    HsmSignerError,
+    KeyAmbiguousError,
+    KeyExportableError,
+)
+from hsm_signer.hsm import keys
+from hsm_signer.hsm.codes import FOREIGN, code_of, failure
+from hsm_signer.hsm.keys import FoundKey, KeyInfo
+from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.uri import Uri
+
+log = logging.getLogger(__name__)
+
+_Template = dict[Attribute, object]
+
+_PRIVATE: _Template = {
+    Attribute.PRIVATE: True,
+    Attribute.SENSITIVE: True,
+    Attribute.EXTRACTABLE: False,
+    Attribute.SIGN: True,
+    Attribute.DERIVE: False,
+}
+_FOR_SIGNING_ONLY: _Template = {Attribute.DECRYPT: False, Attribute.UNWRAP: False}
+_LEFT_OUT: _Template = {Attribute.DECRYPT: DEFAULT, Attribute.UNWRAP: DEFAULT}
+_PUBLIC: _Template = {Attribute.VERIFY: True, Attribute.ENCRYPT: False, Attribute.WRAP: False}
+_PUBLIC_LEFT_OUT: _Template = {Attribute.VERIFY: True, Attribute.ENCRYPT: DEFAULT, Attribute.WRAP: DEFAULT}
+_HIDDEN: _Template = {Attribute.PRIVATE: True}  # the public half, from those who have no PIN
+_NOT_COPYABLE: _Template = {Attribute.COPYABLE: False}
+# NSS takes no CKA_COPYABLE; a TPM takes no attribute of another use, not even as false; some have no private
+# public keys; the last leaves CKA_DERIVE to the token
+LADDER: tuple[tuple[_Template, _Template], ...] = (
+    (_PUBLIC | _HIDDEN, _PRIVATE | _FOR_SIGNING_ONLY | _NOT_COPYABLE),
+    (_PUBLIC | _HIDDEN, _PRIVATE | _FOR_SIGNING_ONLY),
+    (_PUBLIC, _PRIVATE | _FOR_SIGNING_ONLY),
+    (_PUBLIC_LEFT_OUT | _HIDDEN, _PRIVATE | _LEFT_OUT),
+    (_PUBLIC_LEFT_OUT, _PRIVATE | _LEFT_OUT),
+    (_PUBLIC_LEFT_OUT, _PRIVATE | _LEFT_OUT | {Attribute.DERIVE: DEFAULT}),
+)
+_TEMPLATE_REFUSED = (
+    ArgumentsBad,
+    AttributeReadOnly,
+    AttributeTypeInvalid,
+    AttributeValueInvalid,
+    FunctionFailed,
+    GeneralError,
+    TemplateIncomplete,
+    TemplateInconsistent,
+)
+
+
+def generate(login: Login, label: str, key_id: bytes | None) -> KeyInfo:
+    """Generate, read back, try out; what fails the policy is destroyed."""
+    if not label or key_id == b"":
+        raise ConfigError("a key needs a label and a CKA_ID that are not empty")
+    chosen = secrets.token_bytes(16) if key_id is None else key_id
+    with login.writable() as session:
+        _require_free(session, Uri(object=label))
+        _require_free(session, Uri(id=chosen))
+        try:
+            _generate_pair(session, label, chosen)
+            key = keys.find_key(session, Uri(object=label, id=chosen), login)
+            _judge(key)
+            point = keys.require_proof(login, key)
+            if len(keys.find_keys(session, Uri(object=label))) > 1:  # another process was as fast
+                raise _taken(Uri(object=label))
+        except (HsmSignerError, *FOREIGN):
+            _destroy(login, label, chosen)
+            raise
+    log.info("key %s generated", key.name)
+    return key.info(point)
+
+
+def _require_free(session: Any, uri: Uri) -> None:  # noqa: ANN401
+    if keys.find_keys(session, uri):
+        raise _taken(uri)
+
+
+def _taken(uri: Uri) -> KeyAmbiguousError:
+    return KeyAmbiguousError(
+        f"a private key {uri} is on the token already", hint="choose another label; keys are chosen by it"
+    )
+
+
+def _generate_pair(session: Any, label: str, key_id: bytes) -> None:  # noqa: ANN401
+    """Take the first rung that the token takes."""
+    parameters = session.create_domain_parameters(KeyType.EC, {Attribute.EC_PARAMS: keys.P256}, local=True)
+    for number, (public, private) in enumerate(LADDER, 1):
+        try:
+            parameters.generate_keypair(
+                id=key_id,
+                label=label,
+                store=True,
+                capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
+                public_template=public,
+                private_template=private,
+            )
+        except MechanismInvalid as exc:
+            raise failure(exc, "the token generates no EC keys (CKM_EC_KEY_PAIR_GEN)") from exc
+        except _TEMPLATE_REFUSED as exc:
+            log.info("key templates, rung %d of %d: %s", number, len(LADDER), code_of(exc))
+            if number == len(LADDER):
+                raise
+        else:
+            return
+
+
+def _judge(key: FoundKey) -> None:
+    """What was read back must say that the key stays; where it can be changed, it must refuse."""
+    flags = key.flags
+    kept = flags.get("always_sensitive") is not False and flags.get("never_extractable") is not False
+    if key.info(None).exportable or not kept:
+        raise KeyExportableError(
+            f"the token made key {key.name} such that it can leave it; the key was destroyed",
+            hint="the token's policy or configuration decides that",
+        )
+    for name, value in WEAKENING.items():
+        if weakened(key, name, value):
+            raise KeyExportableError(
+                f"the token let CKA_{name.upper()} of key {key.name} become {value}; the key was destroyed"
+            )
+
+
+WEAKENING = {"sensitive": False, "extractable": True}
+
+
+def weakened(key: FoundKey, name: str, value: bool) -> bool:
+    """Try to change an attribute that must not change; only ever on a key that was generated just now."""
+    attribute = keys.FLAGS[name]
+    with suppress(PKCS11Error):
+        key.handle[attribute] = value
+    found = keys.read(key.handle, [attribute])
+    return found.get(attribute) is value
+
+
+def _destroy(login: Login, label: str, key_id: bytes) -> None:
+    """Destroy what was made under a label and CKA_ID that were free before, in a fresh session."""
+    template: dict[Attribute, object] = {Attribute.LABEL: label, Attribute.ID: key_id}
+    try:
+        with login.writable() as session:
+            for object_class in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
+                for handle in keys.search(session, template | {Attribute.CLASS: object_class}):
+                    handle.destroy()
+    except FOREIGN as exc:
+        log.warning(
+            "a key that failed, %s, may be left on the token (%s): delete it",
+            Uri(object=label, id=key_id),
+            code_of(exc),
+        )

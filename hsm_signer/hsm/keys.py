@@ -1,0 +1,343 @@
+"""Keys on a token: found, described, and matched with the public half that is really theirs.
+
+Anybody without a PIN can plant public keys and certificates with our label and CKA_ID, and destroy the
+genuine ones. So a public half counts only after a fresh random challenge, signed by the private key, verified
+under it.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from pkcs11 import _pkcs11
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.exceptions import (
+    AttributeSensitive,
+    AttributeTypeInvalid,
+    FunctionFailed,
+    GeneralError,
+    MechanismInvalid,
+    PKCS11Error,
+)
+from pkcs11.mechanisms import KeyType, Mechanism
+
+from hsm_signer import ecdsa
+from hsm_signer.errors import (
+    ConfigError,
+    HsmSignerError,
+    KeyAmbiguousError,
+    KeyMismatchError,
+    KeyNotFoundError,
+    PinRefusedError,
+    SignatureError,
+    SigningKeyError,
+)
+from hsm_signer.hsm.codes import code_of
+from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.uri import Uri
+from hsm_signer.jose import thumbprint
+
+FLAGS = {
+    "sensitive": Attribute.SENSITIVE,
+    "extractable": Attribute.EXTRACTABLE,
+    "always_sensitive": Attribute.ALWAYS_SENSITIVE,
+    "never_extractable": Attribute.NEVER_EXTRACTABLE,
+    "local": Attribute.LOCAL,
+    "private": Attribute.PRIVATE,
+    "modifiable": Attribute.MODIFIABLE,
+    "copyable": Attribute.COPYABLE,
+    "always_authenticate": Attribute.ALWAYS_AUTHENTICATE,
+    "sign": Attribute.SIGN,
+    "decrypt": Attribute.DECRYPT,
+    "unwrap": Attribute.UNWRAP,
+    "derive": Attribute.DERIVE,
+}
+_ASKED = (Attribute.LABEL, Attribute.ID, Attribute.EC_PARAMS, Attribute.EC_POINT, *FLAGS.values())
+_NOT_THERE = (AttributeTypeInvalid, AttributeSensitive, FunctionFailed, GeneralError)
+P256 = bytes.fromhex("06082a8648ce3d030107")  # secp256r1, RFC 5480 §2.1.1.1
+_CURVES = {
+    P256: "P-256",
+    b"\x13\x09secp256r1": "P-256",  # PKCS#11 allows the name as PrintableString
+    b"\x13\x0aprime256v1": "P-256",
+    bytes.fromhex("06052b81040022"): "P-384",
+    bytes.fromhex("06052b81040023"): "P-521",
+    bytes.fromhex("06052b8104000a"): "secp256k1",
+}
+_NOT_FOR_SIGNING = frozenset(
+    {
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "CKR_KEY_SIZE_RANGE",
+        "CKR_MECHANISM_INVALID",
+    }
+)
+_SIGNATURE_BUFFER = 144  # bytes; a DER signature of P-521, the longest, has 139
+_CHALLENGE_PREFIX = b"hsm-signer: which key is it?\0"
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """A private EC key on a token, as the module describes it.
+
+    ``flags``: attributes that the module knows, by their names in PKCS#11 in lower case without ``CKA_``.
+    ``thumbprint`` (RFC 7638): of the public half under which a challenge verified, ``None`` if there is none.
+    ``certificate``: DER of the first certificate with the key's CKA_ID that holds this public half.
+    """
+
+    label: str
+    id: bytes
+    curve: str
+    thumbprint: str | None
+    flags: dict[str, bool]
+    certificate: bytes | None = field(default=None, repr=False)
+
+    @property
+    def exportable(self) -> bool:
+        """Whether the module does not rule out that the private key leaves the token."""
+        return self.flags.get("extractable") is not False or self.flags.get("sensitive") is not True
+
+    @property
+    def uri(self) -> str:
+        """RFC 7512 URI of the key, without its token."""
+        return str(Uri(object=self.label, id=self.id or None))
+
+
+class SigningKey(_pkcs11.PrivateKey, _pkcs11.SignMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]
+    """A private EC key that signs whatever its CKA_SIGN says, and is not asked for its type."""
+
+    key_type = KeyType.EC
+
+
+@dataclass(frozen=True)
+class FoundKey:
+    """A private key in one session, its attributes read once."""
+
+    handle: Any
+    label: str
+    id: bytes
+    curve: str
+    point: bytes | None
+    flags: dict[str, bool]
+
+    @property
+    def name(self) -> str:
+        return str(Uri(object=self.label, id=self.id or None))
+
+    def info(self, point: bytes | None, certificate: bytes | None = None) -> KeyInfo:
+        proved = None if point is None else thumbprint(ecdsa.jwk_from_point(point))
+        return KeyInfo(self.label, self.id, self.curve, proved, self.flags, certificate)
+
+
+def search(session: Any, template: dict[Attribute, object]) -> list[Any]:  # noqa: ANN401
+    """All objects that match, in one search that is always finished (``C_FindObjects``)."""
+    operation: Any = _pkcs11.SearchIter(session, template, 16)  # type: ignore[attr-defined]
+    try:
+        operation.__enter__()
+        return [found for batch in operation for found in batch]
+    finally:
+        with suppress(PKCS11Error):  # left to its destructor, it would be printed
+            operation._finalize()
+
+
+def find_keys(session: Any, uri: Uri) -> list[FoundKey]:  # noqa: ANN401
+    """The private EC keys that match a URI's key attributes."""
+    template: dict[Attribute, object] = {
+        Attribute.CLASS: ObjectClass.PRIVATE_KEY,
+        Attribute.KEY_TYPE: KeyType.EC,
+    }
+    if uri.object is not None:
+        template[Attribute.LABEL] = uri.object
+    if uri.id is not None:
+        template[Attribute.ID] = uri.id
+    return [_described(handle) for handle in search(session, template)]
+
+
+def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:  # noqa: ANN401
+    """The one private EC key that matches, or an error that lists the candidates."""
+    found = find_keys(session, uri)
+    if len(found) == 1:
+        return found[0]
+    where = f"on token {login.info.label!r}"
+    if found:
+        raise KeyAmbiguousError(
+            f"{len(found)} private EC keys match {uri} {where}",
+            candidates=[key.name for key in found],
+            hint="add id= to the key's URI",
+        )
+    others = [key.name for key in find_keys(session, Uri())]
+    hint = "hsm-token key list shows what is there" if login.authenticated else None
+    if not login.authenticated and "LOGIN_REQUIRED" in login.info.flags:
+        hint = "private keys are invisible before login, and no PIN was given"
+    raise KeyNotFoundError(f"no private EC key matches {uri} {where}", candidates=others, hint=hint)
+
+
+def _described(handle: Any) -> FoundKey:  # noqa: ANN401
+    found = read(handle, _ASKED)
+    curve = _curve(found.get(Attribute.EC_PARAMS))
+    point = found.get(Attribute.EC_POINT)
+    return FoundKey(
+        handle=SigningKey(handle.wrapper),
+        label=found.get(Attribute.LABEL, ""),
+        id=found.get(Attribute.ID, b""),
+        curve=curve,
+        point=point_of_attribute(point) if point and curve in ("P-256", "unknown") else None,
+        flags={name: found[one] for name, one in FLAGS.items() if found.get(one) is not None},
+    )
+
+
+def read(handle: Any, attributes: Iterable[Attribute]) -> dict[Attribute, Any]:  # noqa: ANN401
+    """Those of the attributes that the object has; one by one where the token cannot do it in one go."""
+    try:
+        return dict(handle.get_attributes(list(attributes)))
+    except _NOT_THERE:
+        found = {}
+        for attribute in attributes:
+            try:
+                found[attribute] = handle[attribute]
+            except _NOT_THERE:
+                continue
+        return found
+
+
+def _curve(parameters: bytes | None) -> str:
+    if not parameters:
+        return "unknown"
+    return _CURVES.get(parameters, parameters.hex())
+
+
+def point_of_attribute(value: bytes) -> bytes | None:
+    try:
+        return ecdsa.point_from_ec_point(value)
+    except KeyMismatchError:
+        return None
+
+
+def public_points(key: FoundKey) -> list[bytes]:
+    """What may be the key's public half: its own attribute, else public objects, else certificates.
+
+    Whoever has no PIN can have written all but the first.
+    """
+    if key.point is not None:
+        return [key.point]
+    template = beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
+    found = search(key.handle.session, template)
+    values = [read(handle, [Attribute.EC_POINT]).get(Attribute.EC_POINT) for handle in found]
+    points = [point for value in values if value and (point := point_of_attribute(value))]
+    if not points:
+        points = [point for _, point in certificates_beside(key) if point]
+    return list(dict.fromkeys(points))
+
+
+def certificates_beside(key: FoundKey) -> list[tuple[bytes, bytes | None]]:
+    """DER and point of the certificates with the key's CKA_ID; no point if it is not of P-256."""
+    found = search(key.handle.session, beside(key, ObjectClass.CERTIFICATE))
+    values = [read(handle, [Attribute.VALUE]).get(Attribute.VALUE) for handle in found]
+    return [(value, point_of_certificate(value)) for value in values if value]
+
+
+def point_of_certificate(der: bytes) -> bytes | None:
+    """Uncompressed point, 65 bytes, of a certificate's P-256 key; ``None`` for other keys and nonsense."""
+    from hsm_signer import x509
+
+    try:
+        return ecdsa.point_from_jwk(x509.read_certificate(der).jwk)
+    except (ConfigError, KeyMismatchError):
+        return None
+
+
+def beside(key: FoundKey, object_class: ObjectClass) -> dict[Attribute, object]:
+    name = {Attribute.ID: key.id} if key.id else {Attribute.LABEL: key.label}
+    return {Attribute.CLASS: object_class, **name}
+
+
+def sign(login: Login, key: FoundKey, mechanism: Mechanism, data: bytes) -> bytes:
+    """One ``C_Sign`` as the token answers it; ``data``: the digest or, for a hashing mechanism, all of it."""
+    answer: bytes
+    if key.flags.get("always_authenticate"):
+        with login.context_login() as pin:
+            answer = key.handle.sign(data, mechanism=mechanism, buffer_size=_SIGNATURE_BUFFER, pin=pin)
+    else:
+        answer = key.handle.sign(data, mechanism=mechanism, buffer_size=_SIGNATURE_BUFFER)
+    return answer
+
+
+def sign_es256(login: Login, key: FoundKey, data: bytes) -> bytes:
+    """ECDSA with SHA-256 as the token answers it; a token without CKM_ECDSA hashes by itself."""
+    if not login.hashes:
+        try:
+            return sign(login, key, Mechanism.ECDSA, hashlib.sha256(data).digest())
+        except MechanismInvalid:
+            offered = login.token.slot.get_mechanisms()
+            if Mechanism.ECDSA in offered or Mechanism.ECDSA_SHA256 not in offered:
+                raise
+            login.hashes = True
+    return sign(login, key, Mechanism.ECDSA_SHA256, data)
+
+
+def proved_point(login: Login, key: FoundKey, points: Iterable[bytes]) -> bytes | None:
+    """The point under which a fresh random challenge, signed by the private key, verifies."""
+    from hsm_signer.verification import PublicKey
+
+    candidates = list(points)
+    if not candidates:
+        return None
+    challenge = _CHALLENGE_PREFIX + secrets.token_bytes(32)
+    try:
+        signature = ecdsa.raw_from_device(sign_es256(login, key, challenge))
+    except SignatureError:
+        return None
+    for point in candidates:
+        try:
+            PublicKey(point).verify(signature, challenge)
+        except (SignatureError, KeyMismatchError):
+            continue
+        return point
+    return None
+
+
+def require_proof(login: Login, key: FoundKey) -> bytes:
+    """The key's public half, proved; :class:`KeyMismatchError` if what lies beside it is not its own."""
+    require_p256(key)
+    points = public_points(key)
+    point = proved_point(login, key, points)
+    if point is None:
+        raise not_its_own(key, len(points))
+    return point
+
+
+def require_p256(key: FoundKey) -> None:
+    if key.curve not in ("P-256", "unknown"):
+        raise SigningKeyError(f"key {key.name} is on {key.curve}; ES256 needs P-256 (RFC 7518 §3.4)")
+
+
+def not_its_own(key: FoundKey, count: int) -> HsmSignerError:
+    if count == 0:
+        return KeyNotFoundError(
+            f"no public key and no certificate of P-256 lies beside private key {key.name}",
+            hint="the public half was deleted, or is on the token under another CKA_ID",
+        )
+    return KeyMismatchError(
+        f"what lies beside private key {key.name} is not its public half: {count} tried, and what the key "
+        "signs verifies under none",
+        hint="anybody without a PIN can put public objects on a token; delete the wrong ones",
+    )
+
+
+def described(login: Login, key: FoundKey) -> KeyInfo:
+    """A key for a list: what cannot be proved is left out, not an error."""
+    if key.curve not in ("P-256", "unknown") or key.flags.get("sign") is False:
+        return key.info(None)
+    certificates = certificates_beside(key)
+    try:
+        point = proved_point(login, key, public_points(key))
+    except PinRefusedError:
+        return key.info(None)
+    except PKCS11Error as exc:
+        if code_of(exc) not in _NOT_FOR_SIGNING:
+            raise
+        return key.info(None)
+    own = (der for der, its in certificates if its == point and point is not None)
+    return key.info(point, next(own, None))

@@ -1,0 +1,368 @@
+"""One login per token in a process, shared and counted; and no PIN sent that could do harm.
+
+PKCS#11 logs in the application, not the session (v3.1 §5.6): sessions opened without a PIN share the login,
+and closing the one that python-pkcs11 opened with the PIN logs everybody out. So that one is kept to the end.
+"""
+
+import hashlib
+import hmac
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from pkcs11.attributes import AttributeMapper, handle_bool, handle_ulong
+from pkcs11.constants import Attribute
+from pkcs11.exceptions import PKCS11Error, SessionCount
+from pkcs11.types import PROTECTED_AUTH
+
+from hsm_signer.errors import (
+    ConfigError,
+    PinError,
+    PinLockedError,
+    PinRefusedError,
+    PinRejectedError,
+    TokenError,
+    TokenNotFoundError,
+)
+from hsm_signer.hsm.codes import FOREIGN, code_of, failure
+from hsm_signer.hsm.module import FoundToken, Module, TokenInfo, token_info, tokens
+from hsm_signer.pin import PIN_PAD, PinPad, PinSource
+from hsm_signer.pin_guard import Attempt
+
+if TYPE_CHECKING:
+    from hsm_signer.hsm.sessions import Lane
+
+log = logging.getLogger(__name__)
+
+Pin = str | Callable[[], str] | PinSource | PinPad
+
+_REJECTED = frozenset({"CKR_PIN_INCORRECT", "CKR_PIN_INVALID", "CKR_PIN_LEN_RANGE"})
+_ALREADY = "CKR_USER_ALREADY_LOGGED_IN"
+_HASH_KEY = secrets.token_bytes(32)
+_rejected: set[bytes] = set()  # keyed hashes of PINs that a token rejected in this process
+
+
+def attribute_mapper() -> AttributeMapper:
+    """Read attributes as they come: labels that are no UTF-8, flags without a value (``None``)."""
+    mapper = AttributeMapper()
+    for attribute, handler in AttributeMapper().attribute_types.items():
+        if handler == handle_bool:
+            mapper.register_handler(attribute, handler[0], lambda value: value != b"\0" if value else None)
+    mapper.register_handler(Attribute.LABEL, str.encode, lambda value: value.decode("utf-8", "replace"))
+    mapper.register_handler(Attribute.KEY_GEN_MECHANISM, *handle_ulong)
+    return mapper
+
+
+_MAPPER = attribute_mapper()
+
+
+class Login:
+    """What all users of one token in this process share: the login and the list of their sessions.
+
+    ``epoch`` counts logins: a session of an earlier epoch is not used any more.
+    """
+
+    def __init__(self, module: Module, found: FoundToken) -> None:
+        self.module = module
+        self.token = found.token
+        self.info = found.info
+        self.key = f"{found.info.identity} in slot {found.info.slot_id}"
+        self.users = 0
+        self.epoch = 0
+        self.hashes = False  # the token signs with CKM_ECDSA_SHA256 only
+        self.lanes: list[Lane] = []
+        self._source: Pin | None = None
+        self._pin: str | PinPad | None = None  # worked in this process
+        self._anchor: Any = None  # the session that python-pkcs11 logs out when it closes it
+        self._spare: list[Any] = []
+        self._foreign = False  # another part of this process logged in, and will log out
+
+    def __repr__(self) -> str:
+        return f"Login({self.key!r})"
+
+    @property
+    def authenticated(self) -> bool:
+        return self._anchor is not None or self._foreign
+
+    @property
+    def stale(self) -> bool:
+        """Whether a login was lost that the PIN could bring back."""
+        return self._pin is not None and not self.authenticated
+
+    def enter(self, pin: Pin | None, info: TokenInfo, *, allow_final_try: bool) -> None:
+        """Log in unless somebody has; ``info``: the token's flags as just read."""
+        if self.authenticated or pin is None or "LOGIN_REQUIRED" not in info.flags:
+            return
+        if self._logged_in_by_others():
+            log.info("token %s: logged in by another part of this process", info.label)
+            self._foreign = True
+            return
+        self._judge(info.flags, allow_final_try=allow_final_try)
+        text = self.fetch(pin)  # no lock is held while a person is asked
+        with self.module.lock:
+            if not self.authenticated:
+                self._log_in(pin, text, allow_final_try=allow_final_try)
+
+    def leave(self) -> None:
+        """Count one user less; the last one logs out."""
+        with self.module.lock:
+            self.users -= 1
+            if self.users == 0:
+                self._log_out()
+                self.module.logins.pop(self.key, None)
+
+    def fetch(self, pin: Pin) -> str | PinPad:
+        """Get the PIN from where it comes from; call with no lock held."""
+        if pin is PIN_PAD or isinstance(pin, PinPad):
+            if "PROTECTED_AUTHENTICATION_PATH" not in self.info.flags:
+                raise PinRefusedError(
+                    f"token {self.info.label!r} has no PIN pad",
+                    hint="it does not set CKF_PROTECTED_AUTHENTICATION_PATH: choose another pin-source",
+                )
+            return PIN_PAD
+        if isinstance(pin, PinSource):
+            pin.check(self.info.identity)
+        text = pin if isinstance(pin, str) else pin()
+        if not isinstance(text, str):
+            raise ConfigError(f"a PIN is text, but its source gave {type(text).__name__}")
+        if not text:
+            raise PinRefusedError("the PIN is empty; some tokens count that as a wrong one")
+        return text
+
+    @property
+    def pin(self) -> str | PinPad | None:
+        """The PIN for keys that want it for each signature."""
+        return self._pin
+
+    def adopt(self, pin: Pin) -> None:
+        """Fetch the PIN where somebody else had logged in, and a key wants it for each signature."""
+        if self._pin is None:
+            self._source, self._pin = pin, self.fetch(pin)
+
+    @contextmanager
+    def context_login(self) -> Iterator[str]:
+        """Guard one signature that carries the PIN (``CKU_CONTEXT_SPECIFIC``)."""
+        if not isinstance(self._pin, str):
+            raise PinRefusedError("the key wants its PIN for each signature, and no PIN is known")
+        with self._guarded(self._source, self._pin, allow_final_try=False) as (_, attempt):
+            attempt.begin()
+            try:
+                yield self._pin
+            except PKCS11Error as exc:
+                if code_of(exc) in _REJECTED | {"CKR_PIN_LOCKED"}:
+                    raise self._refused(exc, self._pin) from exc
+                raise
+            attempt.succeeded()
+
+    def session(self) -> Any:  # noqa: ANN401  # python-pkcs11's Session
+        """A session for signing; the caller closes it with :meth:`close`."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self.token.open(attribute_mapper=_MAPPER)
+
+    @contextmanager
+    def writable(self) -> Iterator[Any]:
+        """A read-write session beside the others, closed without logging out."""
+        session = self.token.open(rw=True, attribute_mapper=_MAPPER)
+        try:
+            yield session
+        finally:
+            self.close(session)
+
+    def close(self, session: Any) -> None:  # noqa: ANN401
+        """Close a session and leave the login alone; errors are of no use to anybody."""
+        if session is self._anchor:
+            return
+        self._really_close(session)
+
+    def renew(self, seen: int) -> None:
+        """Find the token again and log in again with the PIN that worked; its sessions are closed before.
+
+        ``seen``: the epoch of whoever found it broken; if that is over, somebody has done it already.
+        """
+        with self.module.lock, ExitStack() as held:
+            if self.epoch != seen:
+                return
+            for lane in self.lanes:
+                held.enter_context(lane.lock)
+            for lane in self.lanes:
+                lane.drop()
+            self._log_out()
+            self.epoch += 1
+            found = self._find_again()
+            self.token, self.info = found.token, found.info
+            if self._pin is not None and self._source is not None:
+                self._log_in(self._source, self._pin, allow_final_try=False)
+
+    def forget_sessions(self) -> None:
+        """After the module was finalised: its sessions are gone, their handles may be given out again."""
+        self._anchor = None
+        self._foreign = False
+        self._spare.clear()
+        self.epoch += 1
+        for lane in self.lanes:
+            lane.forget()
+
+    def _log_in(self, pin: Pin, text: str | PinPad, *, allow_final_try: bool) -> None:
+        try:
+            with self._guarded(pin, text, allow_final_try=allow_final_try) as (token, attempt):
+                # proves that sessions can be opened, before a failure would count as a wrong PIN
+                self._spare.append(self._open(token))
+                attempt.begin()
+                self._anchor = self._open_with_pin(token, text)
+                attempt.succeeded()
+        except TokenError as exc:
+            if exc.code != _ALREADY:
+                self._close_spares()
+                raise
+            self._foreign = True
+        except BaseException:
+            self._close_spares()
+            raise
+        self._source, self._pin = pin, text
+        log.info("token %s: logged in", self.info.label)
+
+    @contextmanager
+    def _guarded(
+        self, pin: Pin | None, text: str | PinPad, *, allow_final_try: bool
+    ) -> Iterator[tuple[Any, Attempt]]:
+        """What must hold around every PIN that goes to the token."""
+        if isinstance(text, str) and self._hash(text) in _rejected:
+            raise PinRefusedError(
+                f"token {self.info.label!r} rejected this PIN before; it is not sent a second time",
+                hint="a wrong PIN that is repeated locks the token",
+            )
+        with _attempt(pin, self.info.identity) as attempt:
+            try:
+                token = self.token.slot.get_token()
+            except FOREIGN as exc:
+                raise failure(exc, f"token {self.info.label!r} does not answer") from exc
+            info = token_info(token)
+            if info.identity != self.info.identity:
+                raise TokenNotFoundError(
+                    f"slot {info.slot_id} holds another token now", candidates=[info.identity]
+                )
+            self._judge(info.flags, allow_final_try=allow_final_try)
+            yield token, attempt
+
+    def _open(self, token: Any) -> Any:  # noqa: ANN401
+        try:
+            return token.open(attribute_mapper=_MAPPER)
+        except FOREIGN as exc:
+            raise failure(exc, f"no session on token {self.info.label!r}") from exc
+
+    def _open_with_pin(self, token: Any, text: str | PinPad) -> Any:  # noqa: ANN401
+        user_pin = text if isinstance(text, str) else PROTECTED_AUTH
+        try:
+            try:
+                return token.open(user_pin=user_pin, attribute_mapper=_MAPPER)
+            except (
+                SessionCount
+            ):  # from C_OpenSession, no PIN was sent: this token has one session, so we share it
+                self._close_spares()
+                session = token.open(user_pin=user_pin, attribute_mapper=_MAPPER)
+                self._spare.append(session)
+                return session
+        except FOREIGN as exc:
+            raise self._refused(exc, text) from exc
+
+    def _refused(self, exc: BaseException, text: str | PinPad) -> Exception:
+        code, label = code_of(exc), repr(self.info.label)
+        if code in _REJECTED:
+            if isinstance(text, str):
+                _rejected.add(self._hash(text))
+            self._pin = None
+            return PinRejectedError(f"token {label} rejected the PIN: {code}", code=code)
+        if code == "CKR_PIN_LOCKED":
+            self._pin = None
+            return _locked(label, code)
+        if code in ("CKR_PIN_EXPIRED", "CKR_USER_PIN_NOT_INITIALIZED"):
+            return PinError(f"token {label} has no PIN that it accepts: {code}", code=code)
+        if code in ("CKR_FUNCTION_CANCELED", "CKR_FUNCTION_REJECTED", "CKR_CANCEL"):
+            return PinError(f"the login to token {label} was cancelled: {code}", code=code)
+        return failure(exc, f"login to token {label} failed")
+
+    def _judge(self, flags: frozenset[str], *, allow_final_try: bool) -> None:
+        label = repr(self.info.label)
+        if "USER_PIN_LOCKED" in flags:
+            raise _locked(label, "CKF_USER_PIN_LOCKED")
+        if "USER_PIN_FINAL_TRY" in flags and not allow_final_try:
+            raise PinRefusedError(
+                f"token {label} allows one last try (CKF_USER_PIN_FINAL_TRY), which is not spent",
+                hint="log in once with the right PIN and the token's own tool, or allow the final try",
+            )
+        if "USER_PIN_COUNT_LOW" in flags:
+            log.warning("token %s: a wrong PIN was tried since the last login", label)
+
+    def _logged_in_by_others(self) -> bool:
+        """Whether a part of this process that is not ours, or a parent before a fork, has logged in."""
+        functions = self.module.functions
+        if self.module.owned or functions is None:
+            return False
+        session = self._open(self.token)
+        try:
+            return functions.logged_in(session.handle)
+        finally:
+            self.close(session)
+
+    def _find_again(self) -> FoundToken:
+        found, problems = tokens(self.module)
+        same = [one for one in found if one.info.identity == self.info.identity]
+        if len(same) > 1:
+            same = [one for one in same if one.info.slot_id == self.info.slot_id] or same
+        if len(same) != 1:
+            raise TokenNotFoundError(
+                f"token {self.info.label!r} is gone: {len(same)} tokens with its label and serial are there",
+                candidates=problems,
+            )
+        return same[0]
+
+    def _log_out(self) -> None:
+        self._close_spares()
+        anchor, self._anchor, self._foreign = self._anchor, None, False
+        if anchor is not None:
+            self._really_close(anchor)
+            log.info("token %s: logged out", self.info.label)
+
+    def _close_spares(self) -> None:
+        while self._spare:
+            self.close(self._spare.pop())
+
+    def _really_close(self, session: Any) -> None:  # noqa: ANN401
+        for _ in range(2):  # a failed C_Logout keeps python-pkcs11 from closing the session
+            try:
+                session.close()
+            except PKCS11Error as exc:
+                log.debug("closing a session: %s", code_of(exc))
+                if code_of(exc) in ("CKR_SESSION_HANDLE_INVALID", "CKR_SESSION_CLOSED"):
+                    return
+            else:
+                return
+        if self.module.functions is not None:
+            self.module.functions.close_session(session.handle)
+
+    def _hash(self, pin: str) -> bytes:
+        return hmac.digest(_HASH_KEY, f"{self.key}\0{pin}".encode(), hashlib.sha256)
+
+
+def _attempt(pin: Pin | None, identity: str) -> AbstractContextManager[Any]:
+    return pin.attempt(identity) if isinstance(pin, PinSource) else nullcontext(_Unguarded())
+
+
+class _Unguarded:
+    """A login with a PIN that came as text or from a plain callable: nothing is noted on disk."""
+
+    def begin(self) -> None: ...
+
+    def succeeded(self) -> None: ...
+
+
+def _locked(label: str, code: str) -> PinLockedError:
+    return PinLockedError(
+        f"the user PIN of token {label} is locked: {code}",
+        code=code,
+        hint="whoever holds the security officer's PIN or the PUK can unlock it",
+    )

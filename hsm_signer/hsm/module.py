@@ -1,0 +1,322 @@
+"""PKCS#11 modules: loaded once, initialised for threads, never used across a fork.
+
+Where a module cannot lock for itself (PKCS#11 v3.1 §5.4), all its calls go through one lock of ours.
+
+A module stays loaded and our reference to it is never given back: python-pkcs11 finalises in a destructor,
+which in a forked child would end what belongs to the parent.
+"""
+
+import atexit
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pkcs11.constants import SlotFlag, TokenFlag
+from pkcs11.exceptions import PKCS11Error, TokenNotPresent, TokenNotRecognised
+
+from hsm_signer.errors import ForkedError, ModuleError
+from hsm_signer.hsm.codes import FOREIGN, code_of, failure
+from hsm_signer.hsm.cryptoki import Functions, Library
+from hsm_signer.hsm.uri import Uri
+
+if TYPE_CHECKING:
+    from hsm_signer.hsm.login import Login
+
+log = logging.getLogger(__name__)
+
+
+class Module:
+    """One loaded module in one process.
+
+    ``lock`` is held around whatever concerns more than one session and, where ``locked`` is false, around
+    every call. ``generation`` counts initialisations: sessions of an earlier one are gone.
+    """
+
+    def __init__(self, path: str, library: Library, *, locked: bool) -> None:
+        self.path = path
+        self.library = library
+        self.locked = locked
+        self.lock = threading.RLock()
+        self.process = os.getpid()
+        self.generation = 0
+        self.logins: dict[str, Login] = {}
+
+    @property
+    def functions(self) -> Functions | None:
+        functions: Functions | None = self.library.functions
+        return functions
+
+    @property
+    def owned(self) -> bool:
+        """Whether we initialised it; otherwise another part of this process, or a parent, did."""
+        return bool(self.library.owned)
+
+    @property
+    def here(self) -> bool:
+        """Whether this is the process that loaded the module."""
+        return os.getpid() == self.process
+
+    def check_process(self) -> None:
+        """Raise :class:`ForkedError` in a forked child; to be called before any lock is taken."""
+        if not self.here:
+            raise ForkedError(
+                "this handle was made before a fork, in another process",
+                hint="open the token in the worker: PKCS#11 sessions do not survive a fork",
+            )
+
+    def refresh(self) -> bool:
+        """Start the module again if nobody uses it; whether that was done."""
+        with self.lock:
+            if self.logins or not self.owned:
+                return False
+            try:
+                self.reinitialize()
+            except PKCS11Error as exc:
+                raise failure(exc, f"{self.path} does not start again") from exc
+            return True
+
+    def reinitialize(self) -> None:
+        """Finalise and initialise again; the caller holds every lock. All sessions are gone then."""
+        self.generation += 1
+        self.library.shut()
+        self.library.initialize()
+
+
+_modules: dict[str, Module] = {}
+_inherited: dict[str, Module] = {}
+_loading = threading.Lock()
+
+
+def load(path: str) -> Module:
+    """Load and initialise a module, or return the one that is loaded; one per canonical path.
+
+    Raises :class:`ModuleError`.
+    """
+    canonical = os.path.realpath(path)
+    with _loading:
+        if canonical not in _modules:
+            if not Path(canonical).is_file():
+                raise ModuleError(
+                    f"no PKCS#11 module at {path}", hint="the setting module is the path of a file"
+                )
+            _modules[canonical] = _load(canonical)
+        return _modules[canonical]
+
+
+def _load(path: str) -> Module:
+    try:
+        library = Library(path)
+    except FOREIGN as exc:
+        _explain(path, exc)
+    except (OSError, AttributeError) as exc:
+        raise ModuleError(f"{path} is no PKCS#11 module: {exc}") from exc
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
+    before = _inherited.get(path)
+    module = Module(
+        path, library, locked=library.locked or bool(before and before.locked and not library.owned)
+    )
+    log.info("module %s loaded (%s)", path, "for threads" if module.locked else "behind one lock")
+    return module
+
+
+def _explain(path: str, exc: BaseException) -> None:
+    code = code_of(exc)
+    if code is None:
+        raise ModuleError(f"{path} is no PKCS#11 module that loads: {exc}") from exc
+    raise ModuleError(
+        f"the PKCS#11 module {path} does not start: {code}",
+        code=code,
+        hint="its own configuration (a file, an environment variable, a service) is the usual cause",
+    ) from exc
+
+
+def _forget_the_parents() -> None:
+    """In a forked child: let go of the parent's modules without touching them."""
+    global _loading  # noqa: PLW0603  # another thread of the parent may have held it
+    _loading = threading.Lock()
+    _inherited.update(_modules)
+    _modules.clear()
+
+
+def _finalize_at_exit() -> None:
+    """Finalise what nobody uses any more; a thread still inside a module is left alone."""
+    for module in _modules.values():
+        if module.owned and not module.logins and module.here:
+            module.library.shut()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parents)
+atexit.register(_finalize_at_exit)
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """``CK_INFO`` of a module, and how it is used."""
+
+    path: str
+    manufacturer: str
+    description: str
+    version: tuple[int, int]
+    cryptoki_version: tuple[int, int]
+    threads: bool
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """``CK_TOKEN_INFO``, and what its slot says of itself. ``flags``: names without CKF_."""
+
+    label: str
+    serial: str
+    manufacturer: str
+    model: str
+    hardware_version: tuple[int, int]
+    firmware_version: tuple[int, int]
+    flags: frozenset[str]
+    slot_id: int
+    hardware: bool
+
+    @property
+    def initialized(self) -> bool:
+        return "TOKEN_INITIALIZED" in self.flags
+
+    @property
+    def identity(self) -> str:
+        """A URI that names the token whatever module, slot and profile it is reached through."""
+        uri = Uri(token=self.label, manufacturer=self.manufacturer, serial=self.serial, model=self.model)
+        return str(uri)
+
+
+@dataclass(frozen=True)
+class SlotInfo:
+    """A slot and what is in it. ``problem``: why the token cannot be read, a PKCS#11 return value."""
+
+    slot_id: int
+    description: str
+    manufacturer: str
+    hardware: bool
+    token: TokenInfo | None
+    mechanisms: tuple[str, ...]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class FoundToken:
+    """A token in its slot, as python-pkcs11 hands it out, and what we read of it."""
+
+    token: Any
+    info: TokenInfo
+    attributes: Mapping[str, object]
+
+
+def module_info(path: str) -> ModuleInfo:
+    """What a module says of itself (``C_GetInfo``)."""
+    module = load(path)
+    library = module.library
+    return ModuleInfo(
+        path=module.path,
+        manufacturer=library.manufacturer_id,
+        description=library.library_description,
+        version=library.library_version,
+        cryptoki_version=library.cryptoki_version,
+        threads=module.locked,
+    )
+
+
+def slots(path: str) -> list[SlotInfo]:
+    """List slots and tokens of a module, without logging in."""
+    module = load(path)
+    module.check_process()
+    with module.lock, _slots_of(module) as found:
+        return [_slot_info(slot) for slot in found]
+
+
+def tokens(module: Module) -> tuple[list[FoundToken], list[str]]:
+    """The module's tokens, and the slots that answered with an error, one line each."""
+    found: list[FoundToken] = []
+    problems: list[str] = []
+    with module.lock, _slots_of(module) as slot_list:
+        for slot in slot_list:
+            try:
+                token = slot.get_token()
+            except (TokenNotPresent, TokenNotRecognised):
+                continue
+            except FOREIGN as exc:
+                problems.append(f"slot {slot.slot_id} ({slot.slot_description}): {code_of(exc)}")
+                continue
+            info = token_info(token)
+            found.append(FoundToken(token, info, attributes_of(module, token, info)))
+    return found, problems
+
+
+@contextmanager
+def _slots_of(module: Module) -> Iterator[list[Any]]:
+    try:
+        found = module.library.get_slots()
+    except FOREIGN as exc:
+        raise failure(exc, f"the slots of {module.path} cannot be listed") from exc
+    yield found
+
+
+def token_info(token: Any) -> TokenInfo:  # noqa: ANN401  # python-pkcs11's Token
+    """Read what python-pkcs11 holds of a token; no call to the module."""
+    return TokenInfo(
+        label=token.label,
+        serial=token.serial.decode("utf-8", "replace").rstrip("\0 "),
+        manufacturer=token.manufacturer_id,
+        model=token.model,
+        hardware_version=token.hardware_version,
+        firmware_version=token.firmware_version,
+        flags=frozenset(flag.name for flag in TokenFlag if flag & token.flags and flag.name),
+        slot_id=token.slot.slot_id,
+        hardware=bool(token.slot.flags & SlotFlag.HW_SLOT),
+    )
+
+
+def attributes_of(module: Module, token: Any, info: TokenInfo) -> dict[str, object]:  # noqa: ANN401
+    """What the path attributes of a PKCS#11 URI are compared with (RFC 7512 §2.3)."""
+    slot = token.slot
+    return {
+        "token": info.label,
+        "manufacturer": info.manufacturer,
+        "serial": info.serial,
+        "model": info.model,
+        "library-manufacturer": module.library.manufacturer_id,
+        "library-description": module.library.library_description,
+        "library-version": module.library.library_version,
+        "slot-manufacturer": slot.manufacturer_id,
+        "slot-description": slot.slot_description,
+        "slot-id": slot.slot_id,
+    }
+
+
+def _slot_info(slot: Any) -> SlotInfo:  # noqa: ANN401
+    token: TokenInfo | None = None
+    mechanisms: tuple[str, ...] = ()
+    problem: str | None = None
+    try:
+        token = token_info(slot.get_token())
+        mechanisms = tuple(sorted(_mechanism_name(mechanism) for mechanism in slot.get_mechanisms()))
+    except (TokenNotPresent, TokenNotRecognised):
+        pass
+    except FOREIGN as exc:
+        problem = code_of(exc) or type(exc).__name__
+    return SlotInfo(
+        slot_id=slot.slot_id,
+        description=slot.slot_description,
+        manufacturer=slot.manufacturer_id,
+        hardware=bool(slot.flags & SlotFlag.HW_SLOT),
+        token=token,
+        mechanisms=mechanisms,
+        problem=problem,
+    )
+
+
+def _mechanism_name(mechanism: int) -> str:
+    return str(getattr(mechanism, "name", f"{mechanism:#010x}"))

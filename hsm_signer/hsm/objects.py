@@ -1,0 +1,79 @@
+"""What lies beside a key on the token: its public half and certificates; and its end."""
+
+import logging
+from typing import Any
+
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import KeyType
+from pkcs11.util.x509 import decode_x509_certificate
+
+from hsm_signer import ecdsa
+from hsm_signer.errors import KeyMismatchError
+from hsm_signer.hsm import keys
+from hsm_signer.hsm.keys import FoundKey
+from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.uri import Uri
+from hsm_signer.jose import thumbprint as thumbprint_of
+
+log = logging.getLogger(__name__)
+
+
+def certificates(session: Any, login: Login, uri: Uri) -> list[bytes]:  # noqa: ANN401
+    """The certificates, in DER, that hold the key's proved public half."""
+    key = keys.find_key(session, uri, login)
+    beside = keys.certificates_beside(key)
+    if not beside:
+        return []
+    point = keys.require_proof(login, key)
+    return [der for der, its in beside if its == point]
+
+
+def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None) -> None:
+    """Write one certificate object under the key's CKA_ID (PKCS#11 v3.1 §4.6.3)."""
+    with login.writable() as session:
+        key = keys.find_key(session, uri, login)
+        if keys.point_of_certificate(der) != keys.require_proof(login, key):
+            raise KeyMismatchError(f"the certificate does not hold the public half of key {key.name}")
+        if any(stored == der for stored, _ in keys.certificates_beside(key)):
+            return
+        template = decode_x509_certificate(der) | {
+            Attribute.TOKEN: True,
+            Attribute.LABEL: label or key.label,
+            Attribute.ID: key.id,
+        }
+        session.create_object(template)
+    log.info("certificate of key %s stored", key.name)
+
+
+def delete(login: Login, uri: Uri, thumbprint: str | None) -> None:
+    """Destroy a private key by handle, and then what is certainly its own."""
+    with login.writable() as session:
+        key = keys.find_key(session, uri, login)
+        point = keys.proved_point(login, key, keys.public_points(key))
+        if thumbprint is not None:
+            found = None if point is None else thumbprint_of(ecdsa.jwk_from_point(point))
+            if found != thumbprint:
+                raise KeyMismatchError(
+                    f"key {key.name} has the thumbprint {found or '(none proved)'}, not {thumbprint}"
+                )
+        beside = [] if point is None else _own(key, point)
+        key.handle.destroy()
+        for handle in beside:
+            handle.destroy()
+    log.info("key %s and %d objects of it destroyed", key.name, len(beside))
+
+
+def _own(key: FoundKey, point: bytes) -> list[Any]:
+    """Public objects and certificates that hold the point; strangers may have given others the same names."""
+    session = key.handle.session
+    public = keys.beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
+    own = []
+    for handle in keys.search(session, public):
+        value = keys.read(handle, [Attribute.EC_POINT]).get(Attribute.EC_POINT)
+        if value and keys.point_of_attribute(value) == point:
+            own.append(handle)
+    for handle in keys.search(session, keys.beside(key, ObjectClass.CERTIFICATE)):
+        der = keys.read(handle, [Attribute.VALUE]).get(Attribute.VALUE)
+        if der and keys.point_of_certificate(der) == point:
+            own.append(handle)
+    return own

@@ -1,0 +1,217 @@
+"""Can this key leave its token? What the attributes claim, and what trying shows; never more than that."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pkcs11.constants import Attribute, MechanismFlag
+from pkcs11.exceptions import PKCS11Error
+from pkcs11.mechanisms import KeyType, Mechanism
+
+from hsm_signer.hsm import generation, keys
+from hsm_signer.hsm.codes import code_of
+from hsm_signer.hsm.keys import FoundKey, KeyInfo
+from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.module import TokenInfo
+
+NOT_AN_ATTESTATION = "as reported by the module, not an attestation"
+
+CLAIMS = {  # what the attributes of a key that cannot leave its token say
+    "sensitive": True,
+    "extractable": False,
+    "always_sensitive": True,
+    "never_extractable": True,
+}
+_WRAPPINGS = (  # mechanism and parameter; an initialisation vector of zeros does for what must fail
+    (Mechanism.AES_KEY_WRAP, None),
+    (Mechanism.AES_KEY_WRAP_PAD, None),
+    (Mechanism.AES_CBC_PAD, bytes(16)),
+)
+# the token or the session broke: that shows nothing about the key
+_TROUBLE = frozenset(
+    {
+        "CKR_CRYPTOKI_NOT_INITIALIZED",
+        "CKR_DEVICE_ERROR",
+        "CKR_DEVICE_MEMORY",
+        "CKR_DEVICE_REMOVED",
+        "CKR_HOST_MEMORY",
+        "CKR_OBJECT_HANDLE_INVALID",
+        "CKR_OPERATION_ACTIVE",
+        "CKR_SESSION_CLOSED",
+        "CKR_SESSION_HANDLE_INVALID",
+        "CKR_TOKEN_NOT_PRESENT",
+        "CKR_USER_NOT_LOGGED_IN",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One try to get at the private key. ``held``: it came to nothing. ``answer``: what the module said."""
+
+    name: str
+    held: bool
+    answer: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known about whether a key can leave its token: what the module *claims*, and what was *probed*.
+
+    ``key.thumbprint`` was proved by a fresh challenge. ``hardware``: the slot calls itself a hardware slot.
+    """
+
+    key: KeyInfo
+    token: TokenInfo
+    probed: tuple[Probe, ...]
+
+    @property
+    def claimed(self) -> dict[str, bool]:
+        """The key's attributes as the module reports them; what it does not report is left out."""
+        return self.key.flags
+
+    @property
+    def claims_hold(self) -> bool:
+        """``local`` is reported, not required: NSS says that keys it generated were not generated in it."""
+        return all(self.claimed.get(name) is value for name, value in CLAIMS.items())
+
+    @property
+    def probes_hold(self) -> bool:
+        return all(probe.held for probe in self.probed)
+
+    @property
+    def hardware(self) -> bool:
+        return self.token.hardware
+
+    @property
+    def ok(self) -> bool:
+        """The claims are those of a key that stays, and every try to get at it failed."""
+        return self.claims_hold and self.probes_hold
+
+    @property
+    def statement(self) -> str:
+        """One sentence for a person."""
+        found = "cannot leave its token" if self.ok else "can leave its token"
+        kind = "a hardware slot" if self.hardware else "no hardware: the slot is one of software"
+        return f"The key {found} ({NOT_AN_ATTESTATION}; {kind})."
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: strings, booleans, lists and dictionaries."""
+        return {
+            "ok": self.ok,
+            "statement": self.statement,
+            "hardware": self.hardware,
+            "key": {
+                "label": self.key.label,
+                "id": self.key.id.hex(),
+                "curve": self.key.curve,
+                "thumbprint": self.key.thumbprint,
+            },
+            "token": {
+                "label": self.token.label,
+                "serial": self.token.serial,
+                "manufacturer": self.token.manufacturer,
+                "model": self.token.model,
+                "hardware_version": "{}.{}".format(*self.token.hardware_version),
+                "firmware_version": "{}.{}".format(*self.token.firmware_version),
+            },
+            "claimed": {"holds": self.claims_hold, "attributes": dict(self.claimed)},
+            "probed": {
+                "holds": self.probes_hold,
+                "tries": [
+                    {"try": probe.name, "held": probe.held, "answer": probe.answer} for probe in self.probed
+                ],
+            },
+        }
+
+
+def prove(login: Login, key: FoundKey, generated_now: set[bytes]) -> Proof:
+    """Prove whose public half it is, then try to get the private one out (see :data:`PROBES`).
+
+    Attributes are tried to be changed only if the key was generated in this run: a token that lets it happen
+    would leave a weaker key behind. Whatever does come out is dropped unseen.
+    """
+    point = keys.require_proof(login, key)
+    probes = [
+        Probe("read CKA_VALUE", *_read_value(key)),
+        *(Probe(name, *outcome) for name, outcome in _wrappings(key)),
+        *(Probe(name, *outcome) for name, outcome in _copies(key)),
+    ]
+    if key.id in generated_now:
+        probes += [
+            Probe(f"set CKA_{name.upper()} to {value}", *_changed(key, name, value=value))
+            for name, value in generation.WEAKENING.items()
+        ]
+    return Proof(key.info(point), login.info, tuple(probes))
+
+
+def _tried(attempt: Callable[[], object]) -> tuple[bool, str]:
+    """Whether the key held, and the answer; what comes out is dropped unseen."""
+    try:
+        came_out = attempt()
+    except PKCS11Error as exc:
+        if code_of(exc) in _TROUBLE:
+            raise
+        return True, code_of(exc) or str(exc)
+    return (False, "succeeded") if came_out else (True, "nothing came out")
+
+
+def _read_value(key: FoundKey) -> tuple[bool, str]:
+    return _tried(lambda: key.handle[Attribute.VALUE])
+
+
+def _wrappings(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Wrap the key with an AES key of this session (``C_WrapKey``)."""
+    try:
+        with _wrapping_key(key.handle.session) as wrapping_key:
+            for mechanism, parameter in _WRAPPINGS:
+                wrap = partial(
+                    wrapping_key.wrap_key, key.handle, mechanism=mechanism, mechanism_param=parameter
+                )
+                yield f"wrap with CKM_{mechanism.name}", _tried(wrap)
+    except _NoWrappingKeyError as exc:
+        yield "wrap with an AES key", (True, f"no key to wrap with: {exc}")
+
+
+class _NoWrappingKeyError(Exception):
+    """The token makes no AES key that wraps."""
+
+
+@contextmanager
+def _wrapping_key(session: Any) -> Iterator[Any]:  # noqa: ANN401
+    template = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.TOKEN: False}
+    try:
+        found = session.generate_key(
+            KeyType.AES, 256, store=False, capabilities=MechanismFlag.WRAP, template=template
+        )
+    except PKCS11Error as exc:
+        if code_of(exc) in _TROUBLE:
+            raise
+        raise _NoWrappingKeyError(code_of(exc) or str(exc)) from exc
+    try:
+        yield found
+    finally:
+        with suppress(PKCS11Error):
+            found.destroy()
+
+
+def _copies(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Copy the key into this session with weaker attributes (``C_CopyObject``)."""
+    for name, value in generation.WEAKENING.items():
+        attempt = partial(_copied, key, name, value=value)
+        yield f"copy with CKA_{name.upper()} {value}", _tried(attempt)
+
+
+def _copied(key: FoundKey, name: str, *, value: bool) -> bool:
+    attribute = keys.FLAGS[name]
+    copy = key.handle.copy({Attribute.TOKEN: False, attribute: value})
+    try:
+        return keys.read(copy, [attribute]).get(attribute) is not (not value)
+    finally:
+        copy.destroy()
+
+
+def _changed(key: FoundKey, name: str, *, value: bool) -> tuple[bool, str]:
+    return _tried(lambda: generation.weakened(key, name, value))

@@ -1,0 +1,86 @@
+"""The :class:`~hsm_signer.jose.Signer` whose private key is in a token."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from hsm_signer import ecdsa
+from hsm_signer.errors import KeyMismatchError
+from hsm_signer.hsm import keys
+from hsm_signer.hsm.sessions import Lane, Sessions
+from hsm_signer.hsm.uri import Uri
+from hsm_signer.jose import thumbprint
+
+if TYPE_CHECKING:
+    from hsm_signer.verification import PublicKey
+
+
+class HsmSigner:
+    """Signs ES256 with one key; made by :meth:`hsm_signer.hsm.token.Token.signer`, safe from any thread."""
+
+    alg = "ES256"
+
+    def __init__(self, sessions: Sessions, uri: Uri, point: bytes, *, proved: bool, verify: bool) -> None:
+        self._sessions = sessions
+        self._uri = uri
+        self._point = point
+        self._proved = proved
+        self._verify = verify
+        self._what = f"no signature by key {uri} on token {sessions.login.info.label!r}"
+
+    def __repr__(self) -> str:
+        return f"HsmSigner({str(self._uri)!r})"
+
+    def sign(self, data: bytes) -> bytes:
+        """ECDSA with SHA-256 over ``data``: r‖s, 64 bytes (RFC 7518 §3.4), verified before it is returned.
+
+        Raises :class:`SignatureInvalidError` and :class:`SignatureFormatError` for what a token should not
+        answer, :class:`TokenError` with the PKCS#11 code for what recovery does not mend.
+        """
+        data = bytes(data)
+        signature = ecdsa.raw_from_device(
+            self._sessions.run(lambda lane: self._answer(lane, data), self._what)
+        )
+        if self._verify:
+            self._public_key.verify(signature, data)
+        return signature
+
+    @property
+    def kid(self) -> str:
+        """RFC 7638 thumbprint, 43 characters."""
+        return thumbprint(self.jwk)
+
+    @property
+    def jwk(self) -> dict[str, str]:
+        """The public half (RFC 7518 §6.2): ``kty``, ``crv``, ``x``, ``y``."""
+        return ecdsa.jwk_from_point(self._own_point())
+
+    @property
+    def public_key_pem(self) -> str:
+        """The public half as SubjectPublicKeyInfo (RFC 7468 §13)."""
+        return ecdsa.pem("PUBLIC KEY", ecdsa.spki_from_point(self._own_point()))
+
+    @cached_property
+    def _public_key(self) -> "PublicKey":
+        from hsm_signer.verification import PublicKey
+
+        return PublicKey(self._point)
+
+    def _answer(self, lane: Lane, data: bytes) -> bytes:
+        return keys.sign_es256(lane.login, self._key(lane), data)
+
+    def _key(self, lane: Lane) -> keys.FoundKey:
+        key: keys.FoundKey | None = lane.handles.get(self)
+        if key is None:
+            key = lane.handles[self] = keys.find_key(lane.session, self._uri, lane.login)
+        return key
+
+    def _own_point(self) -> bytes:
+        """The public half leaves us only after the private key has signed a challenge under it."""
+        if not self._proved:
+            point = self._sessions.run(
+                lambda lane: keys.proved_point(lane.login, self._key(lane), [self._point]), self._what
+            )
+            if point is None:
+                raise KeyMismatchError(f"the public half beside private key {self._uri} is not its own")
+            self._proved = True
+        return self._point
