@@ -40,6 +40,7 @@ UNSPENT = frozenset(
         "CKR_ARGUMENTS_BAD",
         "CKR_CRYPTOKI_NOT_INITIALIZED",
         "CKR_FUNCTION_NOT_SUPPORTED",
+        "CKR_OPERATION_NOT_INITIALIZED",
         "CKR_SESSION_HANDLE_INVALID",
         "CKR_SLOT_ID_INVALID",
         "CKR_TOKEN_NOT_PRESENT",
@@ -48,6 +49,16 @@ UNSPENT = frozenset(
         "CKR_USER_PIN_NOT_INITIALIZED",
         "CKR_USER_TOO_MANY_TYPES",
         "CKR_USER_TYPE_INVALID",
+        # never from C_Login, but from C_OpenSession before it, or from C_SignInit before a context login
+        "CKR_KEY_FUNCTION_NOT_PERMITTED",
+        "CKR_KEY_HANDLE_INVALID",
+        "CKR_KEY_SIZE_RANGE",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "CKR_MECHANISM_INVALID",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "CKR_OPERATION_ACTIVE",
+        "CKR_SESSION_COUNT",
+        "CKR_USER_NOT_LOGGED_IN",
     }
 )
 
@@ -77,9 +88,12 @@ class Attempt:
         if self._begun:
             self._remove()
 
-    def failed(self, exc: BaseException) -> None:
-        """Take away what :meth:`begin` wrote if the token compared no PIN; an older marker stays."""
-        if self._begun and not self._stood and getattr(exc, "code", None) in UNSPENT:
+    def failed(self, code: str | None) -> None:
+        """Take away what :meth:`begin` wrote if the token compared no PIN; an older marker stays.
+
+        ``code``: the PKCS#11 return value. An exception that leaves the block tells it by its ``code``.
+        """
+        if self._begun and not self._stood and code in UNSPENT:
             self._remove()
 
     def _remove(self) -> None:
@@ -138,7 +152,7 @@ class LoginGuard:
             try:
                 yield attempt
             except BaseException as exc:
-                attempt.failed(exc)
+                attempt.failed(getattr(exc, "code", None))
                 raise
 
     def _enter_unattended(self, held: ExitStack, name: str) -> Attempt:

@@ -491,6 +491,8 @@ def test_a_refusal_before_the_login_leaves_no_marker(
         ("CKR_SESSION_HANDLE_INVALID", False),
         ("CKR_TOKEN_NOT_PRESENT", False),
         ("CKR_USER_PIN_NOT_INITIALIZED", False),
+        ("CKR_MECHANISM_INVALID", False),
+        ("CKR_SESSION_COUNT", False),
     ],
 )
 def test_the_marker_stays_where_a_try_may_be_spent(
@@ -498,6 +500,17 @@ def test_the_marker_stays_where_a_try_may_be_spent(
 ) -> None:
     fail(unattended(), code)
     assert bool(markers(state)) is stays
+
+
+def test_an_exception_without_a_code_can_be_explained(
+    unattended: Callable[..., PinSource], state: Path
+) -> None:
+    for code, stays in (("CKR_MECHANISM_INVALID", False), ("CKR_DEVICE_ERROR", True)):
+        with pytest.raises(ZeroDivisionError), unattended().attempt(TOKEN) as attempt:
+            attempt.begin()
+            attempt.failed(code)
+            raise ZeroDivisionError
+        assert bool(markers(state)) is stays
 
 
 def test_any_way_out_of_the_login_but_success_leaves_the_marker(
