@@ -24,7 +24,7 @@ _READ = sum(
 _CREATE = sum(
     getattr(os, flag, 0) for flag in ("O_WRONLY", "O_CREAT", "O_EXCL", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
 )
-_LOCK = _READ | os.O_RDWR | os.O_CREAT
+_CHANGE = _READ | os.O_RDWR | os.O_CREAT
 _DIRECTORY = _READ | getattr(os, "O_DIRECTORY", 0)
 _HAS_DIR_FD = os.open in os.supports_dir_fd
 
@@ -154,11 +154,14 @@ class PrivateDirectory:
         """Put a file of this mode in the place of ``name`` in one step."""
         replace(self._name(name), content, mode=mode, dir_fd=self._descriptor)
 
-    def open_lock(self, name: str) -> int:
-        """Open a file of ours to lock it, made where it is missing; the caller closes the descriptor."""
+    def open_to_change(self, name: str) -> int:
+        """Open a file of ours to lock it or write into it, made where it is missing.
+
+        The caller closes the descriptor.
+        """
         path = self._name(name)
         try:
-            descriptor = os.open(path, _LOCK, 0o600, dir_fd=self._descriptor)
+            descriptor = os.open(path, _CHANGE, 0o600, dir_fd=self._descriptor)
         except OSError as exc:
             raise _judged(path, exc, stat.S_ISREG, "a regular file", self._descriptor) from None
         try:

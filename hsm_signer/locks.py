@@ -45,7 +45,7 @@ def try_lock(directory: PrivateDirectory, name: str) -> HeldLock | None:
         except filelock.Timeout:
             return None
         return lock
-    descriptor = directory.open_lock(name)
+    descriptor = directory.open_to_change(name)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

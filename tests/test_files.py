@@ -315,7 +315,7 @@ def test_work_in_a_directory_stays_in_it_when_its_name_moves(tmp_path: Path) -> 
 def test_a_lock_file_is_made_once_and_never_emptied(tmp_path: Path) -> None:
     with files.private_directory(tmp_path / "d") as directory:
         for _ in range(2):
-            os.close(directory.open_lock("lock"))
+            os.close(directory.open_to_change("lock"))
             (tmp_path / "d" / "lock").write_bytes(b"kept")
         assert directory.read_bytes("lock", max_size=4) == b"kept"
     assert mode_of(tmp_path / "d" / "lock") == 0o600
@@ -335,7 +335,7 @@ def test_what_stands_in_the_place_of_a_lock_file_is_refused(tmp_path: Path, kind
             case "wide":
                 directory.create("lock", b"", mode=0o666)
         with pytest.raises(UnsafeFileError):
-            directory.open_lock("lock")
+            directory.open_to_change("lock")
     assert not (tmp_path / "elsewhere").exists()
 
 
