@@ -54,7 +54,8 @@ def self_signed(
     Either ``common_name`` or ``subject``, a whole name as RFC 4514 text. ``not_before``: an aware time or
     Unix seconds. The serial number has 20 bytes, 158 bits of them random.
 
-    Raises :class:`ConfigError` for a name or time that a certificate cannot hold.
+    Raises :class:`ConfigError` for a name or time that a certificate cannot hold, and
+    :class:`SignatureInvalidError` if the signature does not verify under the key.
     """
     start, end = _validity(not_before, days)
     name = _name(common_name, subject)
@@ -77,7 +78,7 @@ def self_signed(
             ],
         }
     )
-    return _signed(body, signer)
+    return _signed(body, spki, signer)
 
 
 def request(signer: Signer, *, common_name: str | None = None, subject: str | None = None) -> bytes:
@@ -94,7 +95,7 @@ def request(signer: Signer, *, common_name: str | None = None, subject: str | No
             "attributes": [extensions],
         }
     )
-    return _signed(body, signer)
+    return _signed(body, spki, signer)
 
 
 class _Signed(core.Sequence):  # type: ignore[misc]  # asn1crypto ships no types
@@ -107,9 +108,19 @@ class _Signed(core.Sequence):  # type: ignore[misc]  # asn1crypto ships no types
     ]
 
 
-def _signed(body: core.Asn1Value, signer: Signer) -> bytes:
-    signature = ecdsa.der_from_raw(signer.sign(body.dump()))
-    value = _Signed({"body": body, "signature_algorithm": _ecdsa_with_sha256(), "signature": signature})
+def _signed(body: core.Asn1Value, spki: keys.PublicKeyInfo, signer: Signer) -> bytes:
+    """Sign; what does not verify under the key that it certifies leaves nobody."""
+    from hsm_signer.verification import PublicKey
+
+    signature = signer.sign(body.dump())
+    PublicKey(spki["public_key"].native).verify(signature, body.dump())
+    value = _Signed(
+        {
+            "body": body,
+            "signature_algorithm": _ecdsa_with_sha256(),
+            "signature": ecdsa.der_from_raw(signature),
+        }
+    )
     der: bytes = value.dump()
     return der
 

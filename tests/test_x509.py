@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsm_signer import ecdsa, x509
-from hsm_signer.errors import ConfigError, KeyMismatchError
+from hsm_signer.errors import ConfigError, KeyMismatchError, SignatureInvalidError
 from hsm_signer.jose import thumbprint
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -203,6 +203,15 @@ def test_a_request_is_verified_by_openssl_and_asks_for_the_extensions() -> None:
         ExtensionOID.SUBJECT_KEY_IDENTIFIER,
     ]
     assert x509.request(SIGNER, subject=f"CN={NAME}")
+
+
+def test_nothing_is_made_that_does_not_verify_under_its_own_key() -> None:
+    liar = SoftwareSigner()
+    liar.jwk = SIGNER.jwk
+    with pytest.raises(SignatureInvalidError):
+        x509.self_signed(liar, common_name=NAME, not_before=NOW, days=1)
+    with pytest.raises(SignatureInvalidError):
+        x509.request(liar, common_name=NAME)
 
 
 def certificate_of(key: ec.EllipticCurvePrivateKey) -> reference.Certificate:
