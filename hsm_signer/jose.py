@@ -5,7 +5,7 @@ RFC 7515 (JWS), RFC 7517 (JWK), RFC 7518 §3.4 and §6.2 (ES256, EC keys), RFC 7
 
 import hashlib
 import json
-from base64 import urlsafe_b64encode
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -44,6 +44,15 @@ def sign_compact(header: Mapping[str, object], claims: Mapping[str, object], sig
     """JWS Compact Serialization of a JSON payload (RFC 7515 §3.1)."""
     signing_input = f"{json_b64url(header)}.{json_b64url(claims)}"
     return f"{signing_input}.{b64url(signer.sign(signing_input.encode('ascii')))}"
+
+
+def jwk_set(signer: Signer, certificate: bytes | None = None) -> dict[str, list[dict[str, object]]]:
+    """JWK Set with the one public key (RFC 7517 §5); ``certificate`` in DER adds ``x5c`` and ``x5t#S256``."""
+    key: dict[str, object] = {**signer.jwk, "use": "sig", "alg": signer.alg, "kid": signer.kid}
+    if certificate is not None:
+        key["x5c"] = [b64encode(certificate).decode("ascii")]
+        key["x5t#S256"] = b64url(hashlib.sha256(certificate).digest())
+    return {"keys": [key]}
 
 
 def thumbprint(jwk: Mapping[str, str]) -> str:
