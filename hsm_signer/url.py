@@ -6,43 +6,36 @@ way out. So the string that was judged is what is sent, and the origin here is w
 
 import re
 from dataclasses import dataclass
-from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from hsm_signer.errors import ConfigError
 from hsm_signer.text import printable
 
 _MAX_LENGTH = 2048
+_MAX_HOST = 253  # characters, RFC 1035 §2.3.4
 _MAX_PORT = 0xFFFF
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
-_PCHAR = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-F]{2})"  # RFC 3986 §3.3
+_NEEDED = r"%(?:[0189A-F][0-9A-F]|2[0-9A-CF]|3[A-F]|40|5[B-E]|60|7[B-DF])"  # all but RFC 3986 §2.3 unreserved
+_PCHAR = rf"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|{_NEEDED})"  # RFC 3986 §3.3
+_NO_DOTS = r"(?!\.{1,2}(?:[/?]|$))"
 _URL = re.compile(
-    rf"""
-    (?P<scheme> https? ) ://
-    (?P<host> {_LABEL} (?: \. {_LABEL} )* | \[ [0-9a-f:]+ \] )
-    (?: : (?P<port> [1-9][0-9]{{0,4}} ) )?
-    (?: / (?: {_PCHAR}+ (?: / {_PCHAR}* )* )?
-        (?: \? (?: {_PCHAR} | [/?] )+ )?
-    )?
-    """,
-    re.VERBOSE,
+    rf"(?P<scheme>https?)://(?P<host>{_LABEL}(?:\.{_LABEL})*|\[[0-9a-f:]+\])(?::(?P<port>[1-9][0-9]{{0,4}}))?"
+    rf"(?:/(?:{_NO_DOTS}{_PCHAR}+(?:/{_NO_DOTS}{_PCHAR}*)*)?(?:\?(?:{_PCHAR}|[/?])+)?)?"
 )
-_PROXY = re.compile(r"(https?://)?([A-Za-z0-9._~!$&'()*+,;=:%-]*@)?(.*)", re.DOTALL)
-# What is looked for first is named first; the last line is for whatever else the grammar has no room for
+# Why the grammar has no room for a URL: the first that is found is named
 _FAULTS = (
-    (re.compile(r"[^!-~]"), "white space, control characters and non-ASCII characters are refused"),
-    (re.compile(r"\\"), "a backslash is refused"),
-    (re.compile(r"#"), "a fragment is refused"),
-    (re.compile(r"^(?!https?://)"), "it must begin with https://"),
-    (re.compile(r"^https?://[^/?]*@"), "user information before the host is refused"),
-    (re.compile(r"^https?://[^/?]*[A-Z]"), "the host must be in lower case"),
-    (re.compile(r"^[^?]*/\.{1,2}(?:[/?]|$)"), "dot segments are refused"),
-    (re.compile(r"%(?![0-9A-F]{2})"), "percent-encoding must be in upper case"),
-    (
-        re.compile(r"%(?:2[DE]|3[0-9]|4[1-9A-F]|5[0-9AF]|6[1-9A-F]|7[0-9AE])"),
-        "needless percent-encoding is refused",
-    ),
+    (r"[^!-~]", "white space, control characters and non-ASCII characters are refused"),
+    (r"\\", "a backslash is refused"),
+    (r"#", "a fragment is refused"),
+    (r"^(?!https?://)", "it must begin with https://"),
+    (r"^https?://[^/?]*@", "user information before the host is refused"),
+    (r"^https?://[^/?]*[A-Z]", "the host must be in lower case"),
+    (r"^[^?]*/\.{1,2}(?:[/?]|$)", "dot segments are refused"),
+    (r"%(?![0-9A-F]{2})", "percent-encoding must be in upper case"),
+    (rf"(?!{_NEEDED})%", "needless percent-encoding is refused"),
+    ("", "no URL of the form https://host[:port]/path[?query]"),
 )
+_PROXY = r"(?s)(https?://)?([A-Za-z0-9._~!$&'()*+,;=:%-]*@)?(.*)"
 
 
 @dataclass(frozen=True)
@@ -57,8 +50,17 @@ class Url:
     @property
     def origin(self) -> str:
         """Scheme, host and port, a default port left out (RFC 6454 §6.2)."""
-        shown = "" if self.port == _DEFAULT_PORTS[self.scheme] else f":{self.port}"
-        return f"{self.scheme}://{self.host}{shown}"
+        return self.origins[0]
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The ways to write the origin: two where the port is the default one."""
+        explicit = f"{self.scheme}://{self.host}:{self.port}"
+        return (
+            (explicit.rpartition(":")[0], explicit)
+            if self.port == _DEFAULT_PORTS[self.scheme]
+            else (explicit,)
+        )
 
     @property
     def is_loopback(self) -> bool:
@@ -87,11 +89,19 @@ def parse_proxy(text: str) -> str:
     Unlike other URLs it may be http and hold a user name and password. Raises :class:`ConfigError`.
     """
     text = text if "://" in text else f"http://{text}"
-    scheme, userinfo, address = _PROXY.fullmatch(text).groups("")  # type: ignore[union-attr]  # matches any text
+    scheme, userinfo, address = re.findall(_PROXY, text)[0]
     url = _parse(scheme + address.removesuffix("/"), "proxy")
-    if url.text != url.origin and url.text != f"{url.scheme}://{url.host}:{url.port}":
+    if url.text not in url.origins:
         raise ConfigError(f"proxy: nothing may follow host and port; found {_shown(text)}")
     return f"{scheme}{userinfo}{url.text.removeprefix(scheme)}"
+
+
+def parse_origin(text: str, *, what: str) -> Url:
+    """Judge a URL that is an origin: at most a ``/`` may follow. Raises :class:`ConfigError`."""
+    url = parse(text, what=what)
+    if text.removesuffix("/") not in url.origins:
+        raise ConfigError(f"{what}: nothing may follow host and port; found {_shown(text)}")
+    return url
 
 
 def same_origin(first: Url, second: Url) -> bool:
@@ -100,23 +110,16 @@ def same_origin(first: Url, second: Url) -> bool:
 
 
 def _parse(text: str, what: str) -> Url:
-    match = None if len(text) > _MAX_LENGTH else _URL.fullmatch(text)
-    if fault := _fault(text):
-        raise ConfigError(f"{what}: {fault}; found {_shown(text)}")
+    if len(text) > _MAX_LENGTH:
+        raise ConfigError(f"{what}: longer than {_MAX_LENGTH} characters")
+    match = _URL.fullmatch(text)
     if not match:
-        raise ConfigError(
-            f"{what}: no URL of the form https://host[:port]/path[?query]; found {_shown(text)}"
-        )
+        fault = next(fault for pattern, fault in _FAULTS if re.search(pattern, text))
+        raise ConfigError(f"{what}: {fault}; found {_shown(text)}")
     port = int(match["port"] or _DEFAULT_PORTS[match["scheme"]])
     if not _is_host(match["host"]) or port > _MAX_PORT:
         raise ConfigError(f"{what}: no host name, IP address or port that there is; found {_shown(text)}")
     return Url(text, match["scheme"], match["host"], port)
-
-
-def _fault(text: str) -> str | None:
-    if len(text) > _MAX_LENGTH:
-        return f"longer than {_MAX_LENGTH} characters"
-    return next((fault for pattern, fault in _FAULTS if pattern.search(text)), None)
 
 
 def _shown(text: str) -> str:
@@ -127,19 +130,17 @@ def _shown(text: str) -> str:
 
 
 def _is_host(host: str) -> bool:
-    if len(host) > 253:
-        return False
-    try:
+    if not host.startswith("[") and not re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
+        return len(host) <= _MAX_HOST
+    from ipaddress import AddressValueError, IPv4Address, IPv6Address
+
+    try:  # one spelling only: inet_aton(3) reads 127.1, 2130706433 and 0x7f.1 as addresses too
         if host.startswith("["):
             address = IPv6Address(host[1:-1])
             return address.compressed == host[1:-1] and address.ipv4_mapped is None
-        if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
-            return (
-                str(IPv4Address(host)) == host
-            )  # inet_aton(3) reads 127.1, 2130706433 and 0x7f.1 as addresses
+        return str(IPv4Address(host)) == host
     except AddressValueError:
         return False
-    return True
 
 
 def _is_loopback(host: str) -> bool:

@@ -12,11 +12,11 @@ import time
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
 
 from hsm_signer.assertion import ClientAssertion
 from hsm_signer.errors import ConfigError, HsmSignerError, TransportError
 from hsm_signer.jose import Signer
+from hsm_signer.oauth.cache import UNKNOWN_LIFETIME, TokenCache
 from hsm_signer.oauth.grant import Grant, Outcome
 from hsm_signer.oauth.response import SCOPE, TokenResponse
 from hsm_signer.oauth.transport import Transport
@@ -24,23 +24,9 @@ from hsm_signer.text import printable
 from hsm_signer.url import parse as parse_url
 
 _MAX_DEADLINE = 3600  # seconds
-_UNKNOWN_LIFETIME = 60  # seconds that an access token is used again where the server gave no lifetime
 _JWS = re.compile(r"[A-Za-z0-9_-]+\.([A-Za-z0-9_-]+)\.[A-Za-z0-9_-]+")
 
 SignerSource = Signer | Callable[[], AbstractContextManager[Signer]] | None
-
-
-class Cache(Protocol):
-    """What :class:`hsm_signer.oauth.cache.TokenCache` does for us."""
-
-    def load(self, now: int, min_validity: int) -> TokenResponse | None:
-        """Look for an access token that lives longer than ``now + min_validity``."""
-
-    def store(self, response: TokenResponse, now: int) -> None:
-        """Keep an access token."""
-
-    def lock(self, deadline: float) -> AbstractContextManager[TokenResponse | None]:
-        """Wait for our turn to fetch; gives what another process stored meanwhile."""
 
 
 class TokenClient:
@@ -61,7 +47,7 @@ class TokenClient:
         assertion: ClientAssertion,
         signer: SignerSource,
         scope: str,
-        cache: Cache | None = None,
+        cache: TokenCache | None = None,
         ca_bundle: str | os.PathLike[str] | None = None,
         proxy: str | None = None,
         timeout: tuple[float, float] = (5, 15),
@@ -80,7 +66,7 @@ class TokenClient:
         self._cache = cache
         self._deadline = deadline
         self._held: _Held | None = None
-        self._turn = (os.getpid(), threading.Lock())
+        self._turn = (os.getpid(), threading.Lock())  # in a child another one: see _our_turn
 
     def fetch(self, *, min_validity: int = 60, force: bool = False) -> TokenResponse:
         """Return an access token that lives at least ``min_validity`` seconds, or a fresh one.
@@ -179,7 +165,7 @@ class _Held:
         self.response = response
         self.since = time.monotonic()
         now = time.time()
-        unknown = _UNKNOWN_LIFETIME if fresh else 0
+        unknown = UNKNOWN_LIFETIME if fresh else 0
         self._until = now + unknown if response.expires_at is None else response.expires_at
         self._until_monotonic = self.since + self._until - now
 
