@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import trustme
+from endpoint import Endpoint, Reply
 from faults import FaultyModule, compile_module
+from hypothesis import HealthCheck, settings
+
+# Two cores that other tests share say nothing about the time that one example takes
+settings.register_profile("suite", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 MODULES = (
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -123,3 +130,23 @@ def _fail_skips(report):
         report.outcome = "failed"
         report.longrepr = f"skipped, which CI forbids: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def ca() -> trustme.CA:
+    """Who signs the certificates of the loopback servers."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def ca_bundle(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("ca") / "ca.pem"
+    ca.cert_pem.write_to_path(path)
+    return str(path)
+
+
+@pytest.fixture
+def endpoint(ca: trustme.CA) -> Iterator[Endpoint]:
+    """A token endpoint that grants, unless ``answer`` is set to something else."""
+    with Endpoint(ca, Reply()) as endpoint:
+        yield endpoint
