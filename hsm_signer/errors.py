@@ -24,7 +24,8 @@
     │   ├── SignatureFormatError    not a signature in the expected encoding
     │   └── SignatureInvalidError   it does not verify under the public key
     ├── OAuthError                  the authorization server said no          .error .description .status
-    │   └── TokenResponseError      its answer is no access token that we accept
+    │   ├── TokenResponseError      its answer is no access token that we accept
+    │   └── MetadataError           its metadata is missing, or says what we do not believe
     ├── TransportError              network, TLS or server trouble            .attempts .sent
     └── VerificationError           an access token or certificate failed a check   .clause
 
@@ -169,6 +170,10 @@ class OAuthError(HsmSignerError):
 
 class TokenResponseError(OAuthError):
     """The server answered with success, but with no access token that we accept."""
+
+
+class MetadataError(OAuthError):
+    """The metadata of the authorization server is missing, or says what we do not believe."""
 
 
 class TransportError(HsmSignerError):

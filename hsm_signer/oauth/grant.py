@@ -4,7 +4,6 @@ What fails while an assertion is around is returned, not raised: a traceback kee
 """
 
 import logging
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +13,11 @@ from hsm_signer.errors import OAuthError, TokenResponseError, TransportError
 from hsm_signer.jose import Signer
 from hsm_signer.oauth.hints import refusal_hint
 from hsm_signer.oauth.response import TokenResponse, parse
+from hsm_signer.oauth.retry import retry_after, timestamp, until_verdict
 from hsm_signer.oauth.transport import Answer, Transport
 from hsm_signer.url import Url
 
 _log = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 6
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8  # seconds
 
 Outcome = TokenResponse | OAuthError | TransportError
 
@@ -43,20 +40,12 @@ class Grant:
         Each attempt takes the next of ``assertions``; ``signer``, which makes them, is named in hints. With
         ``once`` it is not tried again after a part of a request may have been sent.
         """
-        began = time.monotonic()
-        attempts: list[str] = []
-        while True:
-            _log.info("asking %s for an access token, attempt %d", self.endpoint, len(attempts) + 1)
-            outcome = self._attempt(assertions, deadline, signer)
-            if not isinstance(outcome, TransportError):
-                return outcome
-            attempts.append(f"after {time.monotonic() - began:.1f} s: {outcome}")
-            pause = _pause(outcome, len(attempts))
-            hopeless = not outcome.transient or (once and outcome.sent) or len(attempts) == MAX_ATTEMPTS
-            if hopeless or time.monotonic() + pause >= deadline:
-                return _in_the_end(outcome, attempts)
-            _log.info("%s; again in %.1f s", outcome, pause)
-            time.sleep(pause)
+
+        def attempt(number: int) -> Outcome:
+            _log.info("asking %s for an access token, attempt %d", self.endpoint, number)
+            return self._attempt(assertions, deadline, signer)
+
+        return until_verdict(attempt, deadline, once=once)
 
     def _attempt(self, assertions: Iterator[str], deadline: float, signer: Signer | None) -> Outcome:
         now = int(time.time())
@@ -76,7 +65,7 @@ class Grant:
         except (OAuthError, TransportError) as error:
             outcome = error.with_traceback(None)
         if isinstance(outcome, TransportError) and answer:
-            outcome.retry_after = _retry_after(answer)
+            outcome.retry_after = retry_after(answer)
         elif answer and not isinstance(outcome, TokenResponseError):
             outcome.hint = self._hint(outcome, answer, signer)
         return outcome
@@ -90,7 +79,7 @@ class Grant:
         }
 
     def _hint(self, refusal: OAuthError | TransportError, answer: Answer, signer: Signer | None) -> str:
-        server_now = _timestamp(answer.date)
+        server_now = timestamp(answer.date)
         our_now = time.time() + self.assertion.clock_offset
         return refusal_hint(
             getattr(refusal, "error", None),
@@ -100,41 +89,3 @@ class Grant:
             kid=self.assertion.header(signer).get("kid") if signer else None,
             clock_lead=None if server_now is None else server_now - our_now,
         )
-
-
-def _in_the_end(trouble: TransportError, attempts: list[str]) -> TransportError:
-    if len(attempts) > 1:
-        trouble.args = (f"{trouble}; the last of {len(attempts)} attempts",)
-    trouble.attempts = tuple(attempts)
-    if trouble.retry_after is not None:
-        trouble.hint = f"the server asks to be left alone for {trouble.retry_after:.0f} s"
-    return trouble
-
-
-def _pause(trouble: TransportError, attempts: int) -> float:
-    """Seconds before the next attempt: as the server says, else doubled each time, half of it by chance."""
-    import random
-
-    if trouble.retry_after is not None:
-        return trouble.retry_after
-    longest = min(_FIRST_PAUSE * 2 ** (attempts - 1), _LONGEST_PAUSE)
-    return random.uniform(longest / 2, longest)  # noqa: S311  # spreads load, guards nothing
-
-
-def _retry_after(answer: Answer) -> float | None:
-    """Seconds that a server asks to wait (RFC 9110 §10.2.3); nonsense is ``None``."""
-    if re.fullmatch(r"[0-9]{1,9}", answer.retry_after or ""):
-        return float(answer.retry_after or 0)
-    until = _timestamp(answer.retry_after)
-    return None if until is None else max(0.0, until - time.time())
-
-
-def _timestamp(date: str | None) -> float | None:
-    """Unix seconds of an HTTP-date (RFC 9110 §5.6.7), or ``None``."""
-    from datetime import UTC
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return parsedate_to_datetime(date or "").replace(tzinfo=UTC).timestamp()  # HTTP knows GMT only
-    except (ValueError, OverflowError):
-        return None

@@ -46,7 +46,7 @@ def parse(
     Raises :class:`OAuthError` where the server refused (RFC 6749 §5.2), :class:`TokenResponseError` for a
     success without an access token that we accept, and :class:`TransportError` for 429 and 5xx.
     """
-    members, fault = _json_object(body)
+    members, fault = json_object(body)
     error, description = _text(members, "error"), _text(members, "error_description")
     if status == 429 or status >= 500:
         said = ": ".join(filter(None, (f"the server answered {status}", error, description)))
@@ -75,7 +75,7 @@ def _reject(fault: str, *, hint: str | None = None) -> NoReturn:
     raise TokenResponseError(f"the answer of the token endpoint {fault}", status=200, hint=hint)
 
 
-def _json_object(body: bytes) -> tuple[dict[str, Any], str | None]:
+def json_object(body: bytes) -> tuple[dict[str, Any], str | None]:
     """The members of a JSON object and ``None``, or no members and what is wrong."""
     try:
         value = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
