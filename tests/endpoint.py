@@ -54,7 +54,7 @@ class Endpoint:
         self.scheme = "https" if ca else "http"
         if ca:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            ca.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+            ca.issue_cert("127.0.0.1", "localhost", "as.test").configure_cert(context)
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -119,7 +119,7 @@ def raw_server(
     context = None
     if ca:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        ca.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+        ca.issue_cert("127.0.0.1", "localhost", "as.test").configure_cert(context)
         for name, value in context_options.items():
             setattr(context, name, value)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -4,6 +4,7 @@
 redirects and keeps cookies. Imported on the first request only: requests takes longer than all the rest.
 """
 
+import re
 import socket
 import ssl
 import threading
@@ -28,45 +29,50 @@ class Exchange:
     """One request and its answer, shared by the thread that carries it out and the one that waits for it."""
 
     def __init__(self, where: str) -> None:
-        self.where = where
         self.done = threading.Event()
         self.answer: tuple[int, Mapping[str, str], bytes] | None = None  # status, header, body
         self.failure: TransportError | None = None
-        self.connection: HTTPConnection | None = None
+        self._where = where
+        self._connection: Any = None
+        self._socket: socket.socket | None = None
         self._lock = threading.Lock()
         self._given_up = self._sent = False
 
-    def run(
-        self, adapter: "StrictAdapter", request: requests.PreparedRequest, options: Mapping[str, Any]
-    ) -> None:
+    def run(self, adapter: "StrictAdapter", request: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """Carry it out. What fails becomes ``failure``: foreign exceptions hold the request."""
         _thread.exchange = self
         try:
-            response = adapter.send(request, stream=True, **options)
+            response = adapter.send(requests.Request(**request).prepare(), stream=True, **options)
             self.answer = response.status_code, response.headers, _body(response)
         except Exception as exc:  # noqa: BLE001  # whatever it is, it ends here
-            self.failure = _failure(exc, self.where, sent=self._sent)
+            self.failure = _failure(exc, self._where, sent=self._sent)
         finally:
             self.done.set()
 
-    def begin(self, connection: HTTPConnection) -> None:
-        """Note which connection is in use; refuse to go on when nobody waits any more."""
-        self.connection = connection
+    def fail(self, reason: str) -> None:
+        """End it before it began."""
+        self.failure = TransportError(f"{self._where}: {reason}", sent=False)
+        self.done.set()
+
+    def connect(self, connection: Any) -> None:  # noqa: ANN401
+        """Note the connection that is about to be made, unless nobody waits any more."""
+        self._connection = connection
         if self._given_up:
             raise _GivenUpError
 
-    def send(self) -> None:
-        """Note that bytes of the request leave us from now on."""
+    def send(self, connection: Any) -> None:  # noqa: ANN401
+        """Note that bytes of the request leave us from now on, unless nobody waits any more."""
         with self._lock:
             if self._given_up:
                 raise _GivenUpError
+            self._socket = connection.sock  # http.client forgets it when the answer has no length
             self._sent = True
 
     def give_up(self) -> bool:
-        """Stop it, also in the middle of a read; whether a part of the request may have been sent."""
+        """Stop it, in the middle of a read too; whether a part of the request may have been sent."""
         with self._lock:
             self._given_up = True
-        sock = getattr(self.connection, "sock", None)
+        sock = self._socket or getattr(self._connection, "sock", None)
         if sock is not None:
             with suppress(OSError):  # the thread may be closing it at this moment
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
@@ -81,14 +87,13 @@ class _Telling:
     """A connection that tells the exchange of its thread what it does."""
 
     def connect(self) -> None:
-        _thread.exchange.begin(self)
+        _thread.exchange.connect(self)
         super().connect()  # type: ignore[misc]
 
     def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        _thread.exchange.begin(self)
         if self.is_closed:  # type: ignore[attr-defined]  # else http.client connects while it sends
             self.connect()
-        _thread.exchange.send()
+        _thread.exchange.send(self)
         super().request(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -142,10 +147,20 @@ def _body(response: requests.Response) -> bytes:
         if len(body) > MAX_BODY:
             response.close()
             raise _TooLargeError
+    if (
+        not body
+        and response.status_code == 200
+        and not response.headers.keys() & {"content-length", "transfer-encoding"}
+    ):
+        raise _CutShortError  # http.client takes the end of the connection for the end of the header
     return bytes(body)
 
 
 class _TooLargeError(Exception):
+    pass
+
+
+class _CutShortError(Exception):
     pass
 
 
@@ -177,6 +192,9 @@ def _explained(causes: list[BaseException]) -> tuple[str, bool, str | None]:
         match cause:
             case _TooLargeError():
                 return f"the answer is larger than {MAX_BODY} bytes", False, None
+            case OSError() if found := re.match("Tunnel connection failed: ([0-9]{3})", str(cause)):
+                hint = "are user name and password in the proxy setting right?" if found[1] == "407" else None
+                return f"it answers {found[1]}", found[1] >= "500", hint
             case ssl.SSLCertVerificationError():
                 hint = "is it the right server, and does ca-bundle name the root of its certificate?"
                 return f"the server's certificate is not accepted: {cause.verify_message}", False, hint

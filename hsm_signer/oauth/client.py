@@ -96,7 +96,8 @@ class TokenClient:
             outcome: Outcome | ConfigError = ConfigError(f"assertion: {fault}")
         else:
             deadline = time.monotonic() + self._deadline
-            outcome = self._grant.ask(itertools.repeat(assertion), deadline, once=True)
+            self._grant.transport.prepare()
+            outcome = self._grant.ask(_again_and_again(assertion), deadline, once=True)
         del assertion  # so that an error does not hold it
         return _unless_error(outcome)
 
@@ -172,6 +173,11 @@ class _Held:
     def lives(self, seconds: float) -> bool:
         needed = max(1, seconds if self.response.expires_at is not None else 0)
         return time.time() + needed <= self._until and time.monotonic() + needed <= self._until_monotonic
+
+
+def _again_and_again(assertion: str) -> Iterator[str]:
+    while True:
+        yield assertion
 
 
 def _unless_error(outcome: TokenResponse | HsmSignerError) -> TokenResponse:

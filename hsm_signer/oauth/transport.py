@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hsm_signer import __version__
 from hsm_signer.errors import ConfigError, TransportError
@@ -83,9 +83,10 @@ class Transport:
 
         Raises :class:`TransportError` where there is no complete answer of at most 1 MiB.
         """
-        adapter = self._adapter()
-        exchange = self._start(adapter, method, url, {"Accept": accept}, form, deadline)
-        del form  # the frames of an error must not hold an assertion
+        header = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"hsm-token/{__version__}"}
+        request = {"method": method, "url": url.text, "headers": header, "data": form}
+        exchange = self._start(url, request, deadline)
+        del form, request  # the frames of an error must not hold an assertion
         try:
             exchange.done.wait(deadline - time.monotonic())
         finally:  # Ctrl-C too
@@ -95,36 +96,29 @@ class Transport:
             raise TransportError(f"{url.origin}: no answer before the deadline", sent=sent)
         if exchange.answer is None:
             raise exchange.failure or TransportError(url.origin)
-        status, header, body = exchange.answer
-        return Answer(status, header.get("Content-Type"), body, header.get("Date"), header.get("Retry-After"))
+        status, received, body = exchange.answer
+        content_type, date, retry_after = map(received.get, ("Content-Type", "Date", "Retry-After"))
+        return Answer(status, content_type, body, date, retry_after)
 
-    def _start(
-        self,
-        adapter: "StrictAdapter",
-        method: str,
-        url: Url,
-        header: dict[str, str],
-        form: Mapping[str, str] | None,
-        deadline: float,
-    ) -> "Exchange":
-        import requests
-
+    def _start(self, url: Url, request: Mapping[str, Any], deadline: float) -> "Exchange":
+        """Begin in a thread: name resolution and the reads of http.client know no deadline for all of it."""
         from hsm_signer.oauth.adapter import Exchange
 
+        exchange = Exchange(url.origin)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise TransportError(f"{url.origin}: the deadline passed before the request", sent=False)
-        header |= {"Accept-Encoding": "identity", "User-Agent": f"hsm-token/{__version__}"}
-        request = requests.Request(method, url.text, headers=header, data=form).prepare()
+            exchange.fail("the deadline passed before the request")
+            return exchange
         direct = url.is_loopback or url.host == "localhost"
         options = {
             "timeout": tuple(min(seconds, remaining) for seconds in self._timeout),
             "proxies": {} if direct or not self._proxy else {"https": self._proxy},
         }
-        exchange = Exchange(url.origin)
-        # A thread, since name resolution and the reads of http.client know no deadline over all
-        work = threading.Thread(target=exchange.run, args=(adapter, request, options), daemon=True)
-        work.start()
+        work = threading.Thread(target=exchange.run, args=(self._adapter(), request, options), daemon=True)
+        try:
+            work.start()
+        except RuntimeError:
+            exchange.fail("this process cannot start a thread")
         return exchange
 
     def _adapter(self) -> "StrictAdapter":
