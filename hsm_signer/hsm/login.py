@@ -151,6 +151,7 @@ class Login:
             try:
                 yield self._pin
             except PKCS11Error as exc:
+                attempt.failed(code_of(exc))  # C_SignInit comes before the login
                 if code_of(exc) in _REJECTED | {"CKR_PIN_LOCKED"}:
                     raise self._refused(exc, self._pin) from exc
                 raise
@@ -358,6 +359,8 @@ class _Unguarded:
     def begin(self) -> None: ...
 
     def succeeded(self) -> None: ...
+
+    def failed(self, code: str | None) -> None: ...
 
 
 def _locked(label: str, code: str) -> PinLockedError:
