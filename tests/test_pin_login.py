@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import SoftToken
 from faults import FaultyModule
-from pkcs11 import Attribute, KeyType
-from pkcs11.util.ec import encode_named_curve_parameters
 
 from hsm_signer import files
 
@@ -106,26 +104,30 @@ def office(soft_token: SoftToken, faulty: FaultyModule, tmp_path: Path) -> Offic
     return Office(soft_token, faulty, tmp_path)
 
 
+MAKE_KEYS = """
+import os, sys
+import pkcs11
+from pkcs11 import Attribute, KeyType
+from pkcs11.util.ec import encode_named_curve_parameters
+
+curve = {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}
+token = pkcs11.lib(sys.argv[1]).get_token(token_label=sys.argv[2])
+with token.open(rw=True, user_pin=os.environ["TEST_PIN"]) as session:
+    for label, always in (("ours", False), ("each", True)):
+        private = {Attribute.ALWAYS_AUTHENTICATE: always}
+        parameters = session.create_domain_parameters(KeyType.EC, curve, local=True)
+        parameters.generate_keypair(label=label, id=label.encode(), store=True, private_template=private)
+"""
+
+
 @pytest.fixture(scope="session")
 def keys(soft_token: SoftToken) -> None:
-    """Keys ``ours`` and ``each``; the second wants its PIN for each signature."""
-    import pkcs11
+    """Make the keys ``ours`` and ``each``; the second wants its PIN for each signature.
 
-    with (
-        pkcs11.lib(soft_token.module)
-        .get_token(token_label=soft_token.label)
-        .open(rw=True, user_pin=soft_token.pin) as session
-    ):
-        for label, always in (("ours", False), ("each", True)):
-            curve = {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}
-            private = {
-                Attribute.ALWAYS_AUTHENTICATE: always,
-                Attribute.SENSITIVE: True,
-                Attribute.EXTRACTABLE: False,
-            }
-            session.create_domain_parameters(KeyType.EC, curve, local=True).generate_keypair(
-                label=label, id=label.encode(), store=True, private_template=private
-            )
+    In a process of its own: SoftHSM2 sees no token that is made after a process has loaded it.
+    """
+    command = [sys.executable, "-c", MAKE_KEYS, soft_token.module, soft_token.label]
+    subprocess.run(command, env=os.environ | {"TEST_PIN": soft_token.pin}, check=True)
 
 
 @pytest.mark.usefixtures("keys")
