@@ -7,11 +7,16 @@ from pathlib import Path
 APP = "hsm-token"
 
 
-def config_file() -> Path:
-    """The configuration file when none is named: the user's, else the machine's."""
+def user_config_file() -> Path:
+    """The user's own configuration file."""
     import platformdirs
 
-    user = platformdirs.user_config_path(APP) / "config.toml"
+    return platformdirs.user_config_path(APP) / "config.toml"
+
+
+def config_file() -> Path:
+    """The configuration file when none is named: the user's, else the machine's."""
+    user = user_config_file()
     return user if user.exists() else Path("/etc") / APP / "config.toml"
 
 

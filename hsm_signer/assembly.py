@@ -1,0 +1,140 @@
+"""From settings to parts: the token, its signer, the assertion and the client that a profile describes."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hsm_signer import paths
+from hsm_signer.assertion import ClientAssertion
+from hsm_signer.config import Settings, proxy_for, trusted_module, variable
+from hsm_signer.errors import ConfigError
+from hsm_signer.oauth.cache import TokenCache
+from hsm_signer.oauth.client import TokenClient
+
+if TYPE_CHECKING:
+    from hsm_signer.hsm.signer import HsmSigner
+    from hsm_signer.hsm.token import Token
+    from hsm_signer.pin import PinPad, PinSource
+
+PIN_VARIABLE = variable("pin")
+
+
+@dataclass(frozen=True)
+class Login:
+    """How a run comes by a PIN: who can be asked, and whether a standing PIN marker is passed over once."""
+
+    prompt: Callable[[str], str] | None = None
+    retry: bool = False
+
+
+def pin_source(settings: Settings, login: Login) -> "PinSource | PinPad":
+    """The source of the PIN: the one that is set, else ``HSM_TOKEN_PIN``, else a person."""
+    from hsm_signer import pin
+
+    text = settings.pin_source or (f"env:{PIN_VARIABLE}" if os.environ.get(PIN_VARIABLE) else "prompt")
+    if text == "prompt" and login.prompt is None:
+        raise ConfigError(
+            "no PIN source given, and no terminal to ask at",
+            hint=f"use --pin-source, {variable('pin_source')}, or pin-source in a profile",
+        )
+    pin.make_undumpable()
+    return pin.from_source(
+        text, prompt=login.prompt, state_directory=state_directory(settings), retry=login.retry
+    )
+
+
+@contextmanager
+def open_token(settings: Settings, login: Login) -> "Iterator[Token]":
+    """The configured token, logged in."""
+    settings.require("token")
+    source = pin_source(settings, login)
+    module = load_environment(settings)
+    from hsm_signer.hsm.token import open_token
+
+    with open_token(
+        str(settings.token), module=module, pin=source, sessions=settings.sessions, verify=settings.verify
+    ) as token:
+        yield token
+
+
+@contextmanager
+def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
+    """A signer on the configured key, which must be the pinned one."""
+    settings.require("key")
+    with open_token(settings, login) as token:
+        yield token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+
+
+def load_environment(settings: Settings) -> str:
+    """Set the variables that the module reads when it is loaded; the path of the module."""
+    module = trusted_module(settings)
+    os.environ.update(settings.module_env or {})
+    return module
+
+
+def client_assertion(settings: Settings, endpoint: str) -> ClientAssertion:
+    """The assertion of the configured client for a token endpoint."""
+    settings.require("client_id")
+    return ClientAssertion(
+        str(settings.client_id),
+        settings.audience_for(endpoint),
+        lifetime=settings.lifetime,
+        claims=settings.claims,  # type: ignore[arg-type]  # config.py takes no other text
+        typ=settings.typ,
+        kid=settings.kid,
+        clock_offset=settings.clock_offset,
+    )
+
+
+def token_client(settings: Settings, login: Login | None, *, cached: bool = True) -> TokenClient:
+    """The client of the configured service; no token is opened before an assertion is needed.
+
+    Without ``login`` there is no signer either: for assertions that were made elsewhere.
+    """
+    endpoint = token_endpoint(settings)
+    return TokenClient(
+        endpoint,
+        assertion=client_assertion(settings, endpoint),
+        signer=None if login is None else lambda: open_signer(settings, login),
+        scope=settings.scope or "",
+        cache=access_token_cache(settings, endpoint) if cached else None,
+        ca_bundle=settings.ca_bundle,
+        proxy=proxy_for(settings, endpoint),
+        timeout=settings.timeout,
+        deadline=settings.deadline,
+        allow_narrower_scope=settings.allow_narrower_scope,
+    )
+
+
+def token_endpoint(settings: Settings) -> str:
+    """The configured token endpoint, else the one that the pinned issuer publishes (RFC 8414)."""
+    if settings.token_endpoint:
+        return settings.token_endpoint
+    if not settings.issuer:
+        settings.require("token_endpoint")
+    from hsm_signer.oauth.metadata import discover
+
+    return discover(str(settings.issuer)).token_endpoint
+
+
+def access_token_cache(settings: Settings, endpoint: str) -> TokenCache:
+    """The cache of access tokens, keyed by all that an access token depends on (DESIGN 3)."""
+    names = (
+        "issuer", "client_id", "scope", "claims", "module", "token", "key", "key_thumbprint", "ca_bundle", "proxy",
+    )  # fmt: skip
+    identity = {name: getattr(settings, name) for name in names}
+    identity |= {"endpoint": endpoint, "audience": settings.audience_for(endpoint)}
+    return TokenCache(cache_directory(settings), identity)
+
+
+def cache_directory(settings: Settings) -> Path:
+    """Where access tokens are cached."""
+    return Path(settings.cache) if settings.cache else paths.cache_directory()
+
+
+def state_directory(settings: Settings) -> Path:
+    """Where PIN markers and the audit log are kept."""
+    return Path(settings.state_dir) if settings.state_dir else paths.state_directory()

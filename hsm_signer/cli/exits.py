@@ -1,0 +1,78 @@
+"""How a run ends: one error line, where it helps one hint line, and the status that scripts rely on."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from hsm_signer import errors
+from hsm_signer.cli.interrupt import interruptible
+from hsm_signer.text import printable
+
+UNEXPECTED = 1
+USAGE = 2
+CHECK = 8
+INTERRUPTED = 130
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
+
+LINE = 2000  # characters: our own sentences name paths and URLs, what strangers said is shorter already
+
+STATUSES: tuple[tuple[type[errors.HsmSignerError], int], ...] = (
+    (errors.ConfigError, USAGE),
+    (errors.TokenError, 3),
+    (errors.PinError, 4),
+    (errors.SigningKeyError, 5),
+    (errors.SignatureError, 5),
+    (errors.OAuthError, 6),
+    (errors.TransportError, 7),
+    (errors.VerificationError, CHECK),
+)
+
+
+def status_of(error: errors.HsmSignerError) -> int:
+    """The exit status of an error's class."""
+    return next((status for kind, status in STATUSES if isinstance(error, kind)), UNEXPECTED)
+
+
+def say(kind: str, text: str) -> None:
+    """Write one line for a person: ``hsm-token: error: …``."""
+    print(f"hsm-token: {kind}: {printable(text, LINE)}", file=sys.stderr)
+
+
+@contextmanager
+def statuses() -> Iterator[None]:
+    """Turn what ends the run into an exit status and at most two lines on stderr."""
+    try:
+        with interruptible(INTERRUPTED):
+            yield
+            sys.stdout.flush()
+    except errors.HsmSignerError as error:
+        _explain(str(error), error.hint, getattr(error, "candidates", ()) or getattr(error, "attempts", ()))
+        sys.exit(status_of(error))
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        _explain(error.format_message(), f"{context.command_path} --help" if context else "hsm-token --help")
+        sys.exit(USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the flush at exit must not fail again
+        sys.exit(CLOSED_PIPE)
+    except Exception as unexpected:  # noqa: BLE001  # the last line of defence: no text, it could hold a secret
+        frames = "".join(traceback.format_list(traceback.extract_tb(unexpected.__traceback__)))
+        print(frames, end="", file=sys.stderr)
+        _explain(f"unexpected {type(unexpected).__name__}", "this is a bug: please report the lines above")
+        sys.exit(UNEXPECTED)
+
+
+def _explain(message: str, hint: str | None, details: tuple[str, ...] = ()) -> None:
+    say("error", message)
+    for line in details:
+        print(f"  {printable(line, LINE)}", file=sys.stderr)
+    if hint:
+        say("hint", hint)

@@ -1,0 +1,162 @@
+"""``hsm-token key``: keys in the token. Private halves are never imported, exported or shown."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsm_signer import assembly
+from hsm_signer.cli import options, terminal
+from hsm_signer.config import Settings
+from hsm_signer.errors import ConfigError, KeyExportableError
+
+if TYPE_CHECKING:
+    from hsm_signer.hsm.keys import KeyInfo
+
+app = typer.Typer()
+key = typer.Typer(name="key", help="Generate, list, prove, export and delete keys.", no_args_is_help=True)
+app.add_typer(key)
+
+Label = Annotated[
+    str | None, typer.Argument(help="Label of the new key, if not the one of --key.", show_default=False)
+]
+
+
+class PublicFormat(StrEnum):
+    pem = "pem"
+    jwk = "jwk"
+    jwks = "jwks"
+    thumbprint = "thumbprint"
+
+
+@key.command()
+@options.configured(*options.KEY)
+def generate(
+    settings: Settings,
+    label: Label = None,
+    key_id: Annotated[str | None, typer.Option("--id", help="CKA_ID in hex, if not a random one.")] = None,
+    as_json: options.Json = False,
+    retry_pin: options.RetryPin = False,
+) -> None:
+    """Generate a P-256 key inside the token; print its thumbprint.
+
+    Example: hsm-token key generate das-2026 --module /usr/lib/softhsm/libsofthsm2.so --token office
+    """
+    if label is None:
+        settings.require("key")
+    identifier = None if key_id is None else _hex(key_id)
+    with (
+        assembly.open_token(settings, options.login(retry_pin)) as token,
+        terminal.working("generating a key"),
+    ):
+        made = token.generate_key(label or str(settings.key), id=identifier)
+    terminal.json_result(made) if as_json else terminal.result(str(made.thumbprint))
+
+
+@key.command("list")
+@options.configured(*options.TOKEN)
+def list_keys(settings: Settings, as_json: options.Json = False, retry_pin: options.RetryPin = False) -> None:
+    """List the keys of the token that can sign ES256.
+
+    Example: hsm-token key list --profile das --json
+    """
+    with assembly.open_token(settings, options.login(retry_pin)) as token:
+        keys = token.keys()
+    if as_json:
+        terminal.json_result(keys)
+        return
+    terminal.table(("label", "id", "thumbprint", "flags", "certificate"), map(_row, keys))
+
+
+def _row(info: "KeyInfo") -> tuple[str, ...]:
+    return (
+        info.label,
+        info.id.hex(),
+        info.thumbprint or "",
+        " ".join(name for name, held in info.flags.items() if held),
+        "yes" if info.certificate else "",
+    )
+
+
+@key.command()
+@options.configured(*options.KEY)
+def prove(settings: Settings, as_json: options.Json = False, retry_pin: options.RetryPin = False) -> None:
+    """Try to get the private key out of the token, in every way there is; all must fail.
+
+    Example: hsm-token key prove --profile das
+    """
+    settings.require("key")
+    with (
+        assembly.open_token(settings, options.login(retry_pin)) as token,
+        terminal.working("probing the key"),
+    ):
+        proof = token.prove(str(settings.key))
+    if as_json:
+        terminal.json_result(proof.as_dict())
+    else:
+        rows = [("claimed", name, str(value).lower(), "") for name, value in proof.claimed.items()]
+        rows += [
+            ("probed", each.name, "held" if each.held else "FAILED", each.answer) for each in proof.probed
+        ]
+        terminal.table(("", "what", "result", "the module's answer"), rows)
+    if not proof.ok:
+        raise KeyExportableError(proof.statement)
+    terminal.note(proof.statement)
+
+
+@key.command()
+@options.configured(*options.KEY)
+def export(
+    settings: Settings,
+    output: Annotated[
+        PublicFormat, typer.Option("--format", help="Form of the public key.")
+    ] = PublicFormat.pem,
+    retry_pin: options.RetryPin = False,
+) -> None:
+    """Print the public half of the key, after the private half has signed a challenge.
+
+    Example: hsm-token key export --profile das --format jwks
+    """
+    with assembly.open_signer(settings, options.login(retry_pin)) as signer:
+        match output:
+            case PublicFormat.pem:
+                terminal.result(signer.public_key_pem.rstrip("\n"))
+            case PublicFormat.jwk:
+                terminal.json_result(signer.jwk)
+            case PublicFormat.jwks:
+                terminal.json_result(
+                    {"keys": [signer.jwk | {"use": "sig", "alg": signer.alg, "kid": signer.kid}]}
+                )
+            case PublicFormat.thumbprint:
+                terminal.result(signer.kid)
+
+
+@key.command()
+@options.configured(*options.KEY)
+def delete(
+    settings: Settings,
+    thumbprint: Annotated[
+        str | None, typer.Option(help="Thumbprint of the key that is to go; asked for on a terminal.")
+    ] = None,
+    retry_pin: options.RetryPin = False,
+) -> None:
+    """Destroy a key in the token, its public half and its certificate. There is no way back.
+
+    Example: hsm-token key delete --key das-2024 --profile das
+    """
+    settings.require("key")
+    if thumbprint is None and not terminal.somebody_there():
+        raise ConfigError("deleting a key needs its thumbprint", hint="use --thumbprint")
+    with assembly.open_token(settings, options.login(retry_pin)) as token:
+        if thumbprint is None:
+            terminal.note(f"{settings.key} on {token.info.label} will be destroyed for ever")
+            thumbprint = terminal.ask("type its thumbprint")
+        token.delete_key(str(settings.key), thumbprint=thumbprint)
+    terminal.note(f"deleted {settings.key}")
+
+
+def _hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise ConfigError(f"--id {text!r} is not hexadecimal") from None

@@ -1,0 +1,110 @@
+"""The options that commands share, made from the table of settings in config.py, and the log behind ``-v``."""
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from hsm_signer import config
+from hsm_signer.assembly import Login
+from hsm_signer.cli import terminal
+from hsm_signer.cli.exits import say
+from hsm_signer.config import SETTINGS
+from hsm_signer.text import printable
+
+TOKEN = ("module", "token", "pin_source")
+KEY = (*TOKEN, "key")
+ASSERTION = ("client_id", "token_endpoint", "issuer", "audience", "lifetime", "claims")
+OAUTH = (*ASSERTION, "scope", "ca_bundle", "proxy")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RetryPin = Annotated[
+    bool, typer.Option("--retry-pin", help="Try the PIN although an earlier try is unresolved.")
+]
+
+Command = Callable[..., None]
+
+
+def configured(*names: str) -> Callable[[Command], Command]:
+    """Give a command the named settings as options; it gets one ``settings`` in their place."""
+
+    def decorate(command: Command) -> Command:
+        own = [
+            each
+            for each in inspect.signature(command, eval_str=True).parameters.values()
+            if each.name != "settings"
+        ]
+        shared = [_parameter(name, SETTINGS[name].metadata["about"]) for name in names]
+        shared += [
+            _parameter("profile", "profile in the configuration file"),
+            _parameter("config", "configuration file"),
+        ]
+
+        @functools.wraps(command)
+        def run(*, verbose: int, quiet: bool, **given: Any) -> None:  # noqa: ANN401  # typer fills them in
+            options = {each.name: given.pop(each.name) for each in shared}
+            _log(verbose, quiet)
+            command(settings=config.load(options), **given)
+
+        parameters = [*own, *shared, _VERBOSE, _QUIET]
+        keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]  # typer reads it
+        run.__annotations__ = {each.name: each.annotation for each in keywords}
+        del run.__wrapped__
+        return run
+
+    return decorate
+
+
+def login(retry_pin: bool = False) -> Login:
+    """How this run may ask for a PIN."""
+    return Login(terminal.ask_secret if terminal.somebody_there() else None, retry_pin)
+
+
+def _parameter(name: str, about: str) -> inspect.Parameter:
+    hyphened = name.replace("_", "-")
+    help_text = f"{about[0].upper()}{about[1:]} [{config.variable(name)}]."
+    option = typer.Option(
+        f"--{hyphened}", help=help_text, show_default=False, metavar=hyphened.rsplit("-", 1)[-1].upper()
+    )
+    return _keyword(name, Annotated[str | None, option], None)
+
+
+def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_VERBOSE = _keyword(
+    "verbose",
+    Annotated[
+        int, typer.Option("-v", "--verbose", count=True, help="Show steps; -vv more.", show_default=False)
+    ],
+    0,
+)
+_QUIET = _keyword(
+    "quiet", Annotated[bool, typer.Option("-q", "--quiet", help="No warnings, no spinner.")], False
+)
+
+
+class _Handler(logging.Handler):
+    """Warnings as a person reads them, and with ``-v`` each step with the time since the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            say("warning", record.getMessage())
+        else:
+            since_start = record.relativeCreated / 1000
+            print(f"hsm-token: {since_start:7.3f} s  {printable(record.getMessage())}", file=sys.stderr)
+
+
+def _log(verbose: int, quiet: bool) -> None:
+    terminal.quiet = quiet
+    logger = logging.getLogger("hsm_signer")
+    levels = (logging.WARNING, logging.INFO, logging.DEBUG)
+    logger.setLevel(logging.ERROR if quiet else levels[min(verbose, 2)])
+    logger.propagate = False
+    logger.handlers = [_Handler()]

@@ -1,0 +1,40 @@
+"""``hsm-token rehearse``: a loopback authorization server with WIPO's rules."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hsm_signer.cli import options, terminal
+from hsm_signer.config import Settings
+from hsm_signer.errors import ConfigError
+
+app = typer.Typer()
+
+
+@app.command()
+@options.configured("client_id", "scope")
+def rehearse(
+    settings: Settings,
+    certificate: Annotated[
+        Path, typer.Option(help="The certificate to register, in PEM.", show_default=False)
+    ],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 0,
+) -> None:
+    """Run an authorization server with WIPO's rules on loopback until Ctrl-C; print its token endpoint.
+
+    Example: hsm-token rehearse --client-id das-api-auth --certificate es256_cert.pem
+    """
+    settings.require("client_id")
+    try:
+        from hsm_signer import rehearsal
+    except ImportError as missing:
+        raise ConfigError(
+            f"hsm-token rehearse needs {missing.name}", hint="pip install 'hsm-signer[rehearsal]'"
+        ) from None
+    rehearsal.serve(
+        {str(settings.client_id): certificate},
+        scopes=settings.scope.split() if settings.scope else rehearsal.SCOPES,
+        port=port,
+        on_ready=terminal.result_now,
+    )

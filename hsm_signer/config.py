@@ -1,0 +1,367 @@
+"""Settings: options over environment over profile over preset over default, each with where it came from.
+
+The configuration file chooses code that sees the PIN (the module, a ``command:`` source), so it is judged like
+one: a regular file of ours or root's that nobody else can write, and never one in the working directory.
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hsm_signer import files, paths, url
+from hsm_signer.errors import ConfigError, ModuleError
+
+MAX_FILE_SIZE = 256 * 1024  # bytes
+
+WIPO = "https://www5.wipo.int/am/oauth2"
+WIPO_TEST = "https://logindev.wipo.int:443/am/oauth2"
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "wipo-das": {
+        "token-endpoint": f"{WIPO}/access_token",
+        "issuer": WIPO,
+        "audience": f"{WIPO}/access_token",
+        "scope": "das-api/das-access",
+        "claims": "minimal",
+    },
+    "wipo-das-test": {
+        "token-endpoint": f"{WIPO_TEST}/access_token",
+        "issuer": WIPO_TEST,
+        "audience": f"{WIPO_TEST}/access_token",
+        "scope": "das-api/das-access",
+        "claims": "minimal",
+    },
+    "oidc": {"claims": "oidc"},  # OpenID Connect Core §9: jti is required; aud is the token endpoint
+    "fapi2": {
+        "claims": "oidc"
+    },  # FAPI 2.0 Security Profile §5.3.3.1: aud is the issuer, see Settings.audience_for
+}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, str) and value.removeprefix("-").isdecimal():
+        value = int(value)
+    if type(value) is not int:
+        raise ValueError("a whole number")
+    return value
+
+
+def _boolean(value: object) -> bool:
+    if type(value) is not bool:
+        raise ValueError("true or false")
+    return value
+
+
+def _seconds(value: object) -> float:
+    if type(value) not in (int, float) or not 0 < float(str(value)) <= 3600:
+        raise ValueError("seconds, more than 0 and at most 3600")
+    return float(str(value))
+
+
+def _timeout(value: object) -> tuple[float, float]:
+    """One number for both, or [connect, read]."""
+    both = value if isinstance(value, list) else [value, value]
+    if len(both) != 2:
+        raise ValueError("seconds, or [connect, read] in seconds")
+    return _seconds(both[0]), _seconds(both[1])
+
+
+def _kid(value: object) -> bool | str:
+    return value if type(value) is bool else _text(value)
+
+
+def _claims(value: object) -> str:
+    if value not in ("minimal", "oidc"):
+        raise ValueError('"minimal" or "oidc"')
+    return str(value)
+
+
+def _preset(value: object) -> str:
+    if value not in PRESETS:
+        raise ValueError(f"one of {', '.join(PRESETS)}")
+    return str(value)
+
+
+def _environment(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ValueError("a table of texts")
+    return dict(value)
+
+
+def _setting(
+    parse: Callable[[object], object],
+    about: str,
+    *,
+    default: object = None,
+    option: bool = False,
+    path: bool = False,
+) -> Any:  # noqa: ANN401  # what dataclasses.field returns: the annotation beside the call is the type
+    return field(default=default, metadata={"parse": parse, "about": about, "option": option, "path": path})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run works with. A field's name with hyphens is its name in a profile and as an option."""
+
+    module: str | None = _setting(_text, "PKCS#11 module: path of a shared library", option=True)
+    token: str | None = _setting(_text, "token: label or PKCS#11 URI", option=True)
+    key: str | None = _setting(_text, "key: label or PKCS#11 URI", option=True)
+    pin_source: str | None = _setting(
+        _text,
+        "where the PIN comes from: prompt, env:, file:, command:, systemd:, keyring:, pinpad",
+        option=True,
+    )
+    client_id: str | None = _setting(_text, "client id, iss and sub of the assertion", option=True)
+    token_endpoint: str | None = _setting(_text, "URL of the token endpoint", option=True)
+    issuer: str | None = _setting(_text, "issuer of the authorization server, for discovery", option=True)
+    audience: str | None = _setting(_text, "aud of the assertion, if not the token endpoint", option=True)
+    scope: str | None = _setting(_text, "scopes to ask for, separated by spaces", option=True)
+    lifetime: int = _setting(_integer, "seconds that an assertion lives", default=60, option=True)
+    claims: str = _setting(
+        _claims, "minimal (WIPO) or oidc (adds iat and jti)", default="minimal", option=True
+    )
+    ca_bundle: str | None = _setting(
+        _text, "PEM file of the roots to trust instead of certifi's", option=True, path=True
+    )
+    proxy: str | None = _setting(_text, "URL of an HTTP proxy", option=True)
+
+    preset: str | None = _setting(_preset, f"values of a known service: {', '.join(PRESETS)}")
+    kid: bool | str = _setting(
+        _kid, "true: kid is the thumbprint; a text: the kid that the server gave", default=False
+    )
+    typ: str = _setting(str, "typ of the assertion's header; empty leaves it out", default="JWT")
+    clock_offset: int = _setting(_integer, "seconds to add to our clock", default=0)
+    timeout: tuple[float, float] = _setting(_timeout, "seconds to connect and to read", default=(5.0, 15.0))
+    deadline: float = _setting(_seconds, "seconds for all attempts together", default=60.0)
+    allow_narrower_scope: bool = _setting(_boolean, "accept a token with fewer scopes", default=False)
+    verify: bool = _setting(_boolean, "verify each signature in software", default=True)
+    sessions: int = _setting(_integer, "sessions that sign in parallel", default=1)
+    key_thumbprint: str | None = _setting(_text, "RFC 7638 thumbprint that the key must have")
+    cache: str | None = _setting(_text, "directory of cached access tokens", path=True)
+    state_dir: str | None = _setting(_text, "directory of PIN markers and the audit log", path=True)
+    certificate: str | None = _setting(_text, "file of the registered certificate", path=True)
+    next_key: str | None = _setting(_text, "the key after this one, while a rollover is under way")
+    next_key_thumbprint: str | None = _setting(_text, "RFC 7638 thumbprint of the next key")
+    next_certificate: str | None = _setting(_text, "file of the next certificate", path=True)
+    module_env: Mapping[str, str] | None = _setting(_environment, "variables set before the module is loaded")
+
+    config: Path | None = None
+    profile: str | None = None
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def origin(self, name: str) -> str:
+        """The layer that a setting came from: option, environment, profile, preset or default."""
+        return self.origins.get(name, "default")
+
+    def require(self, *names: str) -> None:
+        """Raise :class:`ConfigError` that says how to give the first of these settings that is missing."""
+        for name in names:
+            if getattr(self, name) is None:
+                hyphened = name.replace("_", "-")
+                raise ConfigError(
+                    f"no {hyphened} given",
+                    hint=f"use --{hyphened}, {variable(name)}, or {hyphened} in a profile{self._profile_hint()}",
+                )
+
+    def _profile_hint(self) -> str:
+        if self.profile or not self.config:
+            return ""
+        return f"; {self.config} has profiles: choose one with --profile"
+
+    def audience_for(self, endpoint: str) -> str:
+        """The ``aud`` for a token endpoint; :class:`ConfigError` where it could name another server.
+
+        An audience of another origin than the endpoint's is taken only when one layer set both:
+        whoever can change one of them alone must not get an assertion that is good elsewhere.
+        """
+        name = "issuer" if self.audience is None and self.preset == "fapi2" else "audience"
+        audience = getattr(self, name)
+        if audience is None:
+            if name == "issuer":
+                self.require("issuer")
+            return endpoint
+        source = "token_endpoint" if self.token_endpoint else "issuer"
+        if self.origin(name) != self.origin(source) and _of_another_server(audience, endpoint):
+            raise ConfigError(
+                f"audience {audience!r} (from {self.origin(name)}) is of another server than"
+                f" {endpoint!r} (from {self.origin(source)})",
+                hint="set both in one place: both as options, both in the environment, or both in the profile",
+            )
+        return str(audience)
+
+
+def _of_another_server(audience: str, endpoint: str) -> bool:
+    if "://" not in audience:
+        return False  # a name, not a place
+    return not url.same_origin(
+        url.parse(audience, what="audience"), url.parse(endpoint, what="token endpoint")
+    )
+
+
+SETTINGS = {each.name: each for each in fields(Settings) if "parse" in each.metadata}
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"HSM_TOKEN_{name.upper()}"
+
+
+def load(options: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Put the layers together; ``options`` has ``config`` and ``profile`` too, ``None`` where not given."""
+    path, document = _document(options.get("config") or environ.get(variable("config")))
+    wanted = options.get("profile") or environ.get(variable("profile"))
+    profile, table = _profile(path, document, None if wanted is None else str(wanted))
+    layers: list[tuple[str, Mapping[str, object]]] = [
+        ("option", {name: options[name] for name in SETTINGS if options.get(name) is not None}),
+        ("environment", _from_environment(environ)),
+        ("profile", table),
+    ]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer, given in layers:
+        for name, value in given.items():
+            if name not in values:
+                values[name] = _parsed(
+                    name, value, f"profile {profile} in {path}" if given is table else layer
+                )
+                origins[name] = layer
+    for hyphened, value in PRESETS.get(values.get("preset", ""), {}).items():
+        name = hyphened.replace("-", "_")
+        origins.setdefault(name, "preset")
+        values.setdefault(name, value)
+    return Settings(**values, config=path if document else None, profile=profile, origins=origins)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """An empty variable is as good as none: ``HSM_TOKEN_PROXY= hsm-token …`` undoes an exported one."""
+    optional = (name for name, each in SETTINGS.items() if each.metadata["option"])
+    return {name: environ[variable(name)] for name in optional if environ.get(variable(name))}
+
+
+def _parsed(name: str, value: object, source: str) -> object:
+    try:
+        return SETTINGS[name].metadata["parse"](value)
+    except ValueError as wrong:
+        raise ConfigError(f"{name.replace('_', '-')} ({source}) must be {wrong}") from None
+
+
+def _document(named: object) -> tuple[Path, Mapping[str, object]]:
+    path = Path(str(named)).absolute() if named else paths.config_file()
+    try:
+        text = files.read_bytes(path.resolve(), max_size=MAX_FILE_SIZE, forbidden=files.UNTOUCHED)
+    except FileNotFoundError:
+        if named:
+            raise ConfigError(
+                f"no configuration file {path}", hint="hsm-token config init writes one"
+            ) from None
+        return path, {}
+    except OSError as unreadable:
+        raise ConfigError(f"cannot read {path}: {unreadable.strerror}") from None
+    try:
+        return path, tomllib.loads(text.decode())
+    except (
+        ValueError
+    ) as broken:  # TOMLDecodeError and UnicodeDecodeError; its text names line and column only
+        raise ConfigError(f"{path} is no TOML: {broken}") from None
+
+
+def _profile(
+    path: Path, document: Mapping[str, object], wanted: str | None
+) -> tuple[str | None, dict[str, object]]:
+    unknown = next((name for name in document if name != "profiles"), None)
+    if unknown:
+        raise ConfigError(
+            f"{path}: unknown key {unknown!r}", hint="profiles stand in tables: [profiles.NAME]"
+        )
+    profiles = document.get("profiles", {})
+    if not isinstance(profiles, dict) or not all(isinstance(each, dict) for each in profiles.values()):
+        raise ConfigError(f"{path}: profiles stand in tables: [profiles.NAME]")
+    if wanted is None:
+        wanted = next(iter(profiles)) if len(profiles) == 1 else "default"
+        if wanted not in profiles:
+            return None, {}
+    if wanted not in profiles:
+        known = ", ".join(profiles) or "none"
+        raise ConfigError(f"no profile {wanted!r} in {path}", hint=f"profiles there: {known}")
+    return wanted, {
+        name.replace("-", "_"): _relative_to(path.parent, name.replace("-", "_"), value)
+        for name, value in profiles[wanted].items()
+        if _known(name, f"profile {wanted} in {path}")
+    }
+
+
+def _known(name: str, where: str) -> bool:
+    names = [each.replace("_", "-") for each in SETTINGS]
+    if name in names:
+        return True
+    import difflib
+
+    if name == "pin":
+        raise ConfigError(f"{where}: a PIN does not belong into a file of settings", hint="use pin-source")
+    near = difflib.get_close_matches(name, names, n=1)
+    raise ConfigError(
+        f"{where}: unknown key {name!r}",
+        hint=f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}",
+    )
+
+
+def _relative_to(directory: Path, name: str, value: object) -> object:
+    """Paths in a configuration file are relative to it."""
+    if not isinstance(value, str):
+        return value
+    if SETTINGS[name].metadata["path"]:
+        return str(directory / value)
+    if name == "pin_source" and value.startswith("file:"):
+        return f"file:{directory / value.removeprefix('file:')}"
+    if name == "module" and not Path(value).is_absolute():
+        raise ConfigError(f"module {value!r} must be an absolute path in a configuration file")
+    return value
+
+
+def trusted_module(settings: Settings) -> str:
+    """The module's path, if nobody else can change what we are about to load and hand a PIN to."""
+    settings.require("module")
+    module = Path(str(settings.module)).absolute()
+    try:
+        files.open_regular(module.resolve(), forbidden=files.UNTOUCHED).close()
+    except OSError as missing:
+        raise ModuleError(f"no PKCS#11 module {module}: {missing.strerror}") from None
+    return str(module)
+
+
+def proxy_for(settings: Settings, endpoint: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The proxy for an endpoint: the configured one, else ``HTTPS_PROXY`` unless ``NO_PROXY`` names the host.
+
+    Never one for loopback: an assertion for this machine has no business elsewhere.
+    """
+    target = url.parse(endpoint, what="token endpoint")
+    if target.is_loopback:
+        return None
+    proxy = settings.proxy or environ.get("https_proxy") or environ.get("HTTPS_PROXY")
+    if not proxy or settings.proxy:
+        return proxy or None
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # missing in typeshed
+
+    exceptions = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    bypassed: bool = proxy_bypass_environment(target.host, {"no": exceptions})
+    return None if bypassed else proxy
+
+
+def toml_text(value: str) -> str:
+    """A TOML basic string; JSON's escapes are a part of TOML's."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def toml_key(name: str) -> str:
+    """A TOML key, quoted where it must be."""
+    return name if name.isascii() and name.replace("-", "").replace("_", "").isalnum() else toml_text(name)
