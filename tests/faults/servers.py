@@ -101,8 +101,9 @@ class Server:
 def _request(sock: socket.socket) -> bytes:
     data = b""
     while b"\r\n\r\n" not in data:
-        if not (more := sock.recv(65536)):
-            return data
+        more = sock.recv(65536)
+        if not more or more.startswith(b"\x16"):  # TLS on a plain port: answered as by any web server
+            return data + more
         data += more
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(
