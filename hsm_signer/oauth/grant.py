@@ -45,7 +45,10 @@ class Grant:
             _log.info("asking %s for an access token, attempt %d", self.endpoint, number)
             return self._attempt(assertions, deadline, signer)
 
-        return until_verdict(attempt, deadline, once=once)
+        outcome: Outcome = until_verdict(attempt, deadline, once=once)
+        if isinstance(outcome, TokenResponse):
+            _log.info("granted: scope %r, until %s", outcome.scope, outcome.expires_at or "nobody knows when")
+        return outcome
 
     def _attempt(self, assertions: Iterator[str], deadline: float, signer: Signer | None) -> Outcome:
         now = int(time.time())

@@ -83,6 +83,7 @@ class Transport:
 
         Raises :class:`TransportError` where there is no complete answer of at most 1 MiB.
         """
+        began = time.monotonic()
         header = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"hsm-token/{__version__}"}
         request = {"method": method, "url": url.text, "headers": header, "data": form}
         exchange = self._start(url, request, deadline)
@@ -96,6 +97,9 @@ class Transport:
             raise TransportError(f"{url.origin}: no answer before the deadline", sent=sent)
         if exchange.answer is None:
             raise exchange.failure or TransportError(url.origin)
+        _log.debug(
+            "%s %s answered %d after %.3f s", method, url, exchange.answer[0], time.monotonic() - began
+        )
         status, received, body = exchange.answer
         content_type, date, retry_after = map(received.get, ("Content-Type", "Date", "Retry-After"))
         return Answer(status, content_type, body, date, retry_after)
