@@ -1,6 +1,6 @@
 """From settings to parts: the token, its signer, the assertion and the client that a profile describes."""
 
-import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hsm_signer import paths
 from hsm_signer.assertion import ClientAssertion
-from hsm_signer.config import Settings, proxy_for, trusted_module, variable
+from hsm_signer.config import Settings, default_pin_source, prepared_module, proxy_for, variable
 from hsm_signer.errors import ConfigError
 from hsm_signer.oauth.cache import TokenCache
 from hsm_signer.oauth.client import TokenClient
@@ -17,9 +17,8 @@ from hsm_signer.oauth.client import TokenClient
 if TYPE_CHECKING:
     from hsm_signer.hsm.signer import HsmSigner
     from hsm_signer.hsm.token import Token
+    from hsm_signer.oauth.metadata import ServerMetadata
     from hsm_signer.pin import PinPad, PinSource
-
-PIN_VARIABLE = variable("pin")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def pin_source(settings: Settings, login: Login) -> "PinSource | PinPad":
     """The source of the PIN: the one that is set, else ``HSM_TOKEN_PIN``, else a person."""
     from hsm_signer import pin
 
-    text = settings.pin_source or (f"env:{PIN_VARIABLE}" if os.environ.get(PIN_VARIABLE) else "prompt")
+    text = settings.pin_source or default_pin_source()
     if text == "prompt" and login.prompt is None:
         raise ConfigError(
             "no PIN source given, and no terminal to ask at",
@@ -51,7 +50,7 @@ def open_token(settings: Settings, login: Login) -> "Iterator[Token]":
     """The configured token, logged in."""
     settings.require("token")
     source = pin_source(settings, login)
-    module = load_environment(settings)
+    module = prepared_module(settings)
     from hsm_signer.hsm.token import open_token
 
     with open_token(
@@ -66,13 +65,6 @@ def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
     settings.require("key")
     with open_token(settings, login) as token:
         yield token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
-
-
-def load_environment(settings: Settings) -> str:
-    """Set the variables that the module reads when it is loaded; the path of the module."""
-    module = trusted_module(settings)
-    os.environ.update(settings.module_env or {})
-    return module
 
 
 def client_assertion(settings: Settings, endpoint: str) -> ClientAssertion:
@@ -115,9 +107,24 @@ def token_endpoint(settings: Settings) -> str:
         return settings.token_endpoint
     if not settings.issuer:
         settings.require("token_endpoint")
-    from hsm_signer.oauth.metadata import discover
+    return server_metadata(settings).token_endpoint
 
-    return discover(str(settings.issuer)).token_endpoint
+
+def server_metadata(settings: Settings) -> "ServerMetadata":
+    """What the pinned issuer publishes, from the cache or the server."""
+    from hsm_signer.oauth.metadata import MetadataCache, discover
+    from hsm_signer.oauth.transport import Transport
+
+    settings.require("issuer")
+    issuer = str(settings.issuer)
+    proxy = proxy_for(settings, issuer)
+    identity = {"issuer": issuer, "ca_bundle": settings.ca_bundle, "proxy": proxy}
+    return discover(
+        issuer,
+        Transport(settings.ca_bundle, proxy, settings.timeout),
+        deadline=time.monotonic() + settings.deadline,
+        cache=MetadataCache(cache_directory(settings), identity),
+    )
 
 
 def access_token_cache(settings: Settings, endpoint: str) -> TokenCache:

@@ -328,15 +328,26 @@ def _relative_to(directory: Path, name: str, value: object) -> object:
     return value
 
 
-def trusted_module(settings: Settings) -> str:
-    """The module's path, if nobody else can change what we are about to load and hand a PIN to."""
+def prepared_module(settings: Settings) -> str:
+    """The module's path, once it may be loaded.
+
+    Nobody else can change what we are about to load and hand a PIN to, and the variables that it reads when
+    it is loaded are set.
+    """
     settings.require("module")
     module = Path(str(settings.module)).absolute()
     try:
         files.open_regular(module.resolve(), forbidden=files.UNTOUCHED).close()
     except OSError as missing:
         raise ModuleError(f"no PKCS#11 module {module}: {missing.strerror}") from None
+    os.environ.update(settings.module_env or {})
     return str(module)
+
+
+def default_pin_source(environ: Mapping[str, str] = os.environ) -> str:
+    """Where the PIN comes from when no source is set: ``HSM_TOKEN_PIN``, else a person."""
+    name = variable("pin")
+    return f"env:{name}" if environ.get(name) else "prompt"
 
 
 def proxy_for(settings: Settings, endpoint: str, environ: Mapping[str, str] = os.environ) -> str | None:

@@ -219,12 +219,12 @@ def test_proxy_comes_from_the_environment_but_never_for_loopback():
 def test_a_module_that_others_can_write_is_refused(tmp_path):
     module = tmp_path / "module.so"
     module.touch(mode=0o600)
-    assert config.trusted_module(load({"module": str(module)})) == str(module)
+    assert config.prepared_module(load({"module": str(module)})) == str(module)
     module.chmod(0o666)
     with pytest.raises(ConfigError, match=r"module\.so"):
-        config.trusted_module(load({"module": str(module)}))
+        config.prepared_module(load({"module": str(module)}))
     with pytest.raises(ModuleError, match="No such file"):
-        config.trusted_module(load({"module": str(tmp_path / "none.so")}))
+        config.prepared_module(load({"module": str(tmp_path / "none.so")}))
 
 
 @pytest.mark.parametrize("text", ["plain", 'with "quotes" and \\', "line\nbreak", "\x7f", "ü‖"])

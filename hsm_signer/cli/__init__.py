@@ -3,7 +3,6 @@
 One file per group of commands. A run imports the file of its own command alone: the others would only cost time.
 """
 
-import os
 import sys
 from importlib import import_module
 from typing import Annotated, NoReturn
@@ -62,8 +61,7 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line; ends the process with a status of the table in docs/operating.md."""
-    completing = f"_{PROGRAM.replace('-', '_').upper()}_COMPLETE" in os.environ
-    command = None if completing or len(sys.argv) < 2 else sys.argv[1]
+    command = sys.argv[1] if len(sys.argv) > 1 else None  # a shell that asks for completions gives none
     with exits.statuses():
         status = application(command)(prog_name=PROGRAM, standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from hsm_signer import assembly, files, paths
+from hsm_signer import files, paths
 from hsm_signer.cli import options, terminal
-from hsm_signer.config import PRESETS, SETTINGS, Settings, variable
+from hsm_signer.config import PRESETS, SETTINGS, Settings, prepared_module, toml_key, toml_text, variable
 from hsm_signer.errors import ConfigError
 
 app = typer.Typer()
@@ -126,7 +126,7 @@ def _ask_module() -> str:
 
 def _ask_token(module: str) -> str:
     """Load the module that was just chosen and let the person pick a token; no PIN is sent."""
-    path = assembly.load_environment(Settings(module=module))
+    path = prepared_module(Settings(module=module))
     from hsm_signer.hsm.module import slots
 
     found = [each.token.identity for each in slots(path) if each.token and each.token.initialized]
@@ -136,7 +136,6 @@ def _ask_token(module: str) -> str:
 
 
 def _document(profile: str, answers: dict[str, str | None]) -> str:
-    from hsm_signer.config import toml_key, toml_text
 
     lines = [HEAD, f"[profiles.{toml_key(profile)}]"]
     for name, value in answers.items():

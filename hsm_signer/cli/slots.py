@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hsm_signer import assembly
 from hsm_signer.cli import options, terminal
-from hsm_signer.config import Settings
+from hsm_signer.config import Settings, prepared_module
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.module import SlotInfo
@@ -21,7 +20,7 @@ def slots(settings: Settings, as_json: options.Json = False) -> None:
 
     Example: hsm-token slots --module /usr/lib/softhsm/libsofthsm2.so
     """
-    module = assembly.load_environment(settings)
+    module = prepared_module(settings)
     from hsm_signer.hsm.module import slots
 
     found = slots(module)

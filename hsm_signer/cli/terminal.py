@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,7 +100,7 @@ def somebody_there() -> bool:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show a spinner on a terminal when the block takes longer than half a second."""
-    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    if quiet or not sys.stderr.isatty():
         yield
         return
     from threading import Timer
@@ -111,7 +110,10 @@ def working(what: str) -> Iterator[None]:
     def spin() -> None:
         from rich.console import Console
 
-        status = Console(stderr=True).status(printable(what))
+        console = Console(stderr=True)
+        if console.is_dumb_terminal:
+            return
+        status = console.status(printable(what))
         started.append(status)
         status.start()
 
