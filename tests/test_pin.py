@@ -270,13 +270,13 @@ def test_an_unbalanced_quote_is_a_configuration_error() -> None:
 
 @pytest.mark.timeout(20)
 def test_a_command_that_prints_without_end_is_stopped() -> None:
-    assert isinstance(refusal("command:sh -c \"trap '' PIPE; yes; sleep 300\""), PinRefusedError)
+    assert isinstance(refusal("command:sh -c \"trap '' PIPE; yes; sleep 30\""), PinRefusedError)
     assert isinstance(refusal("command:yes"), PinRefusedError)
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    "command", ["sleep 300", "sh -c 'echo 12; exec >&-; sleep 300'", "sh -c 'sleep 300 & echo 1'"]
+    "command", ["sleep 30", "sh -c 'echo 12; exec >&-; sleep 30'", "sh -c 'sleep 30 & echo 1'"]
 )
 def test_a_command_that_does_not_end_is_killed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hsm_signer.pin.COMMAND_SECONDS", 0.3)
