@@ -333,9 +333,11 @@ def serve(
 @contextlib.contextmanager
 def _until_signal() -> Iterator[threading.Event]:
     stopped = threading.Event()
+    watchdog = signal.set_wakeup_fd(-1)  # a caller may take Ctrl-C for a hang to end; here it is the way out
     before = {name: signal.signal(name, lambda *_: stopped.set()) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+        signal.set_wakeup_fd(watchdog)

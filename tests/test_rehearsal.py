@@ -366,18 +366,13 @@ def test_tls_files_that_do_not_belong_together_are_an_error_of_configuration(
         RehearsalServer({"office": office.certificate}, tls=(office.certificate, tmp_path / "none.pem"))
 
 
-SERVE = """
-import logging, pathlib, sys
-from hsm_signer.rehearsal import serve
-logging.basicConfig(format="%(message)s")
-serve({"office": pathlib.Path(sys.argv[1])}, on_ready=lambda url: print(url, flush=True))
-"""
-
-
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_serving_quietly(office: Office, name: signal.Signals) -> None:
-    command = [sys.executable, "-c", SERVE, str(office.certificate)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+def test_the_command_prints_its_endpoint_says_what_it_refuses_and_ends_quietly(
+    office: Office, name: signal.Signals, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "hsm_signer.cli", "rehearse"]
+    command += ["--certificate", str(office.certificate), "--client-id", "office"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -385,10 +380,11 @@ def test_a_signal_ends_serving_quietly(office: Office, name: signal.Signals) -> 
         assert process.stdout
         endpoint = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/am/oauth2/access_token", endpoint)
-        assert (
-            requests.post(endpoint, data={"grant_type": "client_credentials"}, timeout=30).status_code == 400
-        )
+        assertion = office.assertion(aud="https://www5.wipo.int/am/oauth2/access_token")
+        form = {"grant_type": "client_credentials", "client_assertion_type": JWT_BEARER}
+        answer = requests.post(endpoint, data=form | {"client_assertion": assertion}, timeout=30)
+        assert answer.status_code == 400
         process.send_signal(name)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")
-    assert re.fullmatch(r"refused: invalid_client: .*\n", err)
+    assert re.fullmatch(rf"hsm-token: warning: refused: .*'aud'.*expected '{endpoint}'.*\n", err)
