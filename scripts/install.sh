@@ -7,8 +7,8 @@ unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 say() { printf '%s\n' "$*"; }
 
 die() {
-    printf '%s: error: %s\n' "${0##*/}" "$1" >&2
-    [ -z "${2-}" ] || printf '%s: hint: %s\n' "${0##*/}" "$2" >&2
+    printf '%s: error: %s\n' "${0#./}" "$1" >&2
+    [ -z "${2-}" ] || printf '%s: hint: %s\n' "${0#./}" "$2" >&2
     exit 1
 }
 
