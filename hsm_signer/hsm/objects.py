@@ -1,15 +1,19 @@
 """What lies beside a key on the token: its public half and certificates; and its end."""
 
+import hashlib
 import logging
 from typing import Any
 
+from pkcs11 import _pkcs11
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.mechanisms import KeyType
+from pkcs11.exceptions import PKCS11Error
+from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.util.x509 import decode_x509_certificate
 
 from hsm_signer import ecdsa
 from hsm_signer.errors import KeyMismatchError
 from hsm_signer.hsm import keys
+from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey
 from hsm_signer.hsm.login import Login
 from hsm_signer.hsm.uri import Uri
@@ -45,6 +49,26 @@ def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None) -> 
     log.info("certificate of key %s stored", key.name)
 
 
+class VerifyingKey(_pkcs11.PublicKey, _pkcs11.VerifyMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]
+    """A public EC key that verifies whatever its CKA_VERIFY says."""
+
+    key_type = KeyType.EC
+
+
+def verify(login: Login, key: FoundKey, point: bytes, signature: bytes, data: bytes) -> bool | None:
+    """Ask the token whether r‖s is a signature over ``data`` (``C_Verify``); ``None`` if it cannot tell."""
+    handle = next(iter(_public_halves(key, point)), None)
+    if handle is None:
+        return None
+    mechanism = Mechanism.ECDSA_SHA256 if login.hashes else Mechanism.ECDSA
+    subject = data if login.hashes else hashlib.sha256(data).digest()
+    try:
+        return bool(VerifyingKey(handle.wrapper).verify(subject, signature, mechanism=mechanism))
+    except PKCS11Error as exc:
+        log.info("the token does not verify: %s", code_of(exc))
+        return None
+
+
 def delete(login: Login, uri: Uri, thumbprint: str | None) -> None:
     """Destroy a private key by handle, and then what is certainly its own."""
     with login.writable() as session:
@@ -65,15 +89,16 @@ def delete(login: Login, uri: Uri, thumbprint: str | None) -> None:
 
 def _own(key: FoundKey, point: bytes) -> list[Any]:
     """Public objects and certificates that hold the point; strangers may have given others the same names."""
-    session = key.handle.session
-    public = keys.beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
-    own = []
-    for handle in keys.search(session, public):
-        value = keys.read(handle, [Attribute.EC_POINT]).get(Attribute.EC_POINT)
-        if value and keys.point_of_attribute(value) == point:
-            own.append(handle)
-    for handle in keys.search(session, keys.beside(key, ObjectClass.CERTIFICATE)):
+    own = _public_halves(key, point)
+    for handle in keys.search(key.handle.session, keys.beside(key, ObjectClass.CERTIFICATE)):
         der = keys.read(handle, [Attribute.VALUE]).get(Attribute.VALUE)
         if der and keys.point_of_certificate(der) == point:
             own.append(handle)
     return own
+
+
+def _public_halves(key: FoundKey, point: bytes) -> list[Any]:
+    template = keys.beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
+    found = keys.search(key.handle.session, template)
+    values = [(handle, keys.read(handle, [Attribute.EC_POINT]).get(Attribute.EC_POINT)) for handle in found]
+    return [handle for handle, value in values if value and keys.point_of_attribute(value) == point]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from hsm_signer import ecdsa
 from hsm_signer.errors import KeyMismatchError
-from hsm_signer.hsm import keys
+from hsm_signer.hsm import keys, objects
 from hsm_signer.hsm.sessions import Lane, Sessions
 from hsm_signer.hsm.uri import Uri
 from hsm_signer.jose import thumbprint
@@ -43,6 +43,14 @@ class HsmSigner:
         if self._verify:
             self._public_key.verify(signature, data)
         return signature
+
+    def verified_by_token(self, signature: bytes, data: bytes) -> bool | None:
+        """Ask the token itself whether r‖s is a signature over ``data``; ``None`` where it cannot tell."""
+        data = bytes(data)
+        return self._sessions.run(
+            lambda lane: objects.verify(lane.login, self._key(lane), self._point, signature, data),
+            f"no verification by token {self._sessions.login.info.label!r}",
+        )
 
     @property
     def kid(self) -> str:
