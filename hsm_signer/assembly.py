@@ -13,6 +13,7 @@ from hsm_signer.config import Settings, default_pin_source, prepared_module, pro
 from hsm_signer.errors import ConfigError
 from hsm_signer.oauth.cache import TokenCache
 from hsm_signer.oauth.client import TokenClient
+from hsm_signer.oauth.transport import Transport
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.signer import HsmSigner
@@ -113,18 +114,21 @@ def token_endpoint(settings: Settings) -> str:
 def server_metadata(settings: Settings) -> "ServerMetadata":
     """What the pinned issuer publishes, from the cache or the server."""
     from hsm_signer.oauth.metadata import MetadataCache, discover
-    from hsm_signer.oauth.transport import Transport
 
     settings.require("issuer")
     issuer = str(settings.issuer)
-    proxy = proxy_for(settings, issuer)
-    identity = {"issuer": issuer, "ca_bundle": settings.ca_bundle, "proxy": proxy}
+    identity = {"issuer": issuer, "ca_bundle": settings.ca_bundle, "proxy": proxy_for(settings, issuer)}
     return discover(
         issuer,
-        Transport(settings.ca_bundle, proxy, settings.timeout),
+        transport(settings, issuer),
         deadline=time.monotonic() + settings.deadline,
         cache=MetadataCache(cache_directory(settings), identity),
     )
+
+
+def transport(settings: Settings, url: str) -> Transport:
+    """What carries requests to the server of a URL."""
+    return Transport(settings.ca_bundle, proxy_for(settings, url), settings.timeout)
 
 
 def access_token_cache(settings: Settings, endpoint: str) -> TokenCache:

@@ -32,14 +32,18 @@ from joserfc.jwk import Key, import_key
 from joserfc.jws import JWSRegistry
 
 from hsm_signer import files
-from hsm_signer.errors import ConfigError, HsmSignerError, VerificationError
+from hsm_signer.errors import ConfigError, HsmSignerError, TransportError, VerificationError
 from hsm_signer.jose import b64url
+from hsm_signer.oauth.metadata import discover
+from hsm_signer.oauth.transport import Transport
 from hsm_signer.text import printable
+from hsm_signer.url import parse as parse_url
 
 MAX_SIZE = 16 * 1024  # characters of an access token
 MAX_JWKS_SIZE = 1024 * 1024  # bytes
 MAX_LEEWAY = 60  # seconds
 MAX_KEY_AGE = 3600  # seconds that keys are used before they are fetched anew
+FETCH_SECONDS = 15  # for each request
 MIN_REFETCH = 60  # seconds between two fetches for the sake of an unknown kid
 RETRY_AFTER = 5  # seconds in which a failed fetch is not tried again: many threads may be waiting for it
 RSA_BITS = range(2048, 16385)  # RFC 7518 §3.3; above, a check takes so long that it stops the checker
@@ -156,6 +160,31 @@ def jwks_file(path: Path) -> Callable[[], object]:
         return _json_object(content, "JWK Set")
 
     return read
+
+
+def jwks_url(url: str, transport: Transport) -> Callable[[], object]:
+    """Fetch a JWK Set from a URL; raises :class:`ConfigError` for one that is none."""
+    location = parse_url(url, what="JWK Set URL")
+
+    def fetch() -> object:
+        answer = transport.request("GET", location, deadline=time.monotonic() + FETCH_SECONDS)
+        if answer.status != 200:
+            raise TransportError(f"{location}: the answer is {answer.status}, not the JWK Set")
+        return _json_object(answer.body, "JWK Set")
+
+    return fetch
+
+
+def issuer_keys(issuer: str, transport: Transport) -> Callable[[], object]:
+    """Fetch the JWK Set that an issuer publishes (RFC 8414 §2, ``jwks_uri``)."""
+
+    def fetch() -> object:
+        metadata = discover(issuer, transport, deadline=time.monotonic() + FETCH_SECONDS)
+        if metadata.jwks_uri is None:
+            raise VerificationError(f"the issuer {issuer} publishes no keys", clause="jwks")
+        return jwks_url(metadata.jwks_uri, transport)()
+
+    return fetch
 
 
 @dataclass(frozen=True)

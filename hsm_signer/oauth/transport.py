@@ -130,11 +130,12 @@ class Transport:
         if adapter is None or owner != os.getpid():  # a child must not write into its parent's connections
             from hsm_signer.oauth.adapter import StrictAdapter
 
-            adapter = StrictAdapter(self._tls_context())
+            adapter = StrictAdapter(self.tls_context())
             self._owned = os.getpid(), adapter
         return adapter
 
-    def _tls_context(self) -> "ssl.SSLContext":
+    def tls_context(self) -> "ssl.SSLContext":
+        """What is trusted, and nothing from the environment: TLS 1.2 or newer, our roots."""
         import ssl
 
         import certifi

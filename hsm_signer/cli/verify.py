@@ -1,0 +1,85 @@
+"""``hsm-token verify``: an access token checked against its issuer's keys."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hsm_signer import assembly
+from hsm_signer.cli import options, terminal
+from hsm_signer.config import Settings
+from hsm_signer.errors import ConfigError
+
+app = typer.Typer()
+
+
+@app.command()
+@options.configured("issuer", "ca_bundle", "proxy")
+def verify(
+    settings: Settings,
+    audience: Annotated[
+        str, typer.Option(help="Whom the access token must be meant for.", show_default=False)
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(help="File with the access token, if not stdin.", show_default=False)
+    ] = None,
+    jwks: Annotated[
+        str | None,
+        typer.Option(help="URL or file of the issuer's keys, if not found by --issuer.", show_default=False),
+    ] = None,
+    scope: Annotated[str, typer.Option(help="Scopes that must be granted.", show_default=False)] = "",
+    leeway: Annotated[int, typer.Option(help="Seconds that the clocks may differ.", min=0, max=60)] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Check an access token: signature, issuer, audience, times, scopes; print its claims. Exit 8: refused.
+
+    Example: hsm-token fetch --profile das | hsm-token verify --profile das --audience das-api-auth
+    """
+    settings.require("issuer")
+    try:
+        from hsm_signer.verify import AccessTokenVerifier
+    except ImportError as missing:
+        raise ConfigError(
+            f"hsm-token verify needs {missing.name}", hint="pip install 'hsm-signer[verify]'"
+        ) from None
+    verifier = AccessTokenVerifier(
+        _keys(settings, jwks), issuer=str(settings.issuer), audience=audience, scope=scope, leeway=leeway
+    )
+    access_token = _read(file)
+    with terminal.working("fetching the issuer's keys"):
+        verified = verifier.verify(access_token)
+    if as_json:
+        terminal.json_result(dict(verified.claims))
+    else:
+        terminal.table(
+            ("claim", "value"),
+            [
+                (name, value if isinstance(value, str) else json.dumps(value))
+                for name, value in verified.claims.items()
+            ],
+        )
+
+
+def _keys(settings: Settings, jwks: str | None) -> Callable[[], object]:
+    from hsm_signer.verify import issuer_keys, jwks_file, jwks_url
+
+    if jwks and "://" not in jwks:
+        return jwks_file(Path(jwks))
+    where = jwks or str(settings.issuer)
+    transport = assembly.transport(settings, where)
+    return jwks_url(where, transport) if jwks else issuer_keys(where, transport)
+
+
+def _read(file: Path | None) -> bytes:
+    from hsm_signer.verify import MAX_SIZE
+
+    try:
+        if file is None:
+            return sys.stdin.buffer.read(MAX_SIZE + 2).strip()
+        with file.open("rb") as opened:
+            return opened.read(MAX_SIZE + 2).strip()
+    except OSError as unreadable:
+        raise ConfigError(f"cannot read {file or 'stdin'}: {unreadable.strerror}") from None
