@@ -24,6 +24,9 @@ HOMES = {
     "rehearse": "rehearse",
     "config": "config",
     "cache": "cache",
+    "doctor": "doctor",
+    "verify": "verify",
+    "audit": "audit",
 }
 
 

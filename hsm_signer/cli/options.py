@@ -29,8 +29,11 @@ RetryPin = Annotated[
 Command = Callable[..., None]
 
 
-def configured(*names: str) -> Callable[[Command], Command]:
-    """Give a command the named settings as options; it gets one ``settings`` in their place."""
+def configured(*names: str, lazily: bool = False) -> Callable[[Command], Command]:
+    """Give a command the named settings as options; it gets one ``settings`` in their place.
+
+    ``lazily``: a callable that loads them.
+    """
 
     def decorate(command: Command) -> Command:
         own = [
@@ -48,7 +51,8 @@ def configured(*names: str) -> Callable[[Command], Command]:
         def run(*, verbose: int, quiet: bool, **given: Any) -> None:  # noqa: ANN401  # typer fills them in
             options = {each.name: given.pop(each.name) for each in shared}
             _log(verbose, quiet)
-            command(settings=config.load(options), **given)
+            load = functools.partial(config.load, options)
+            command(settings=load if lazily else load(), **given)
 
         parameters = [*own, *shared, _VERBOSE, _QUIET]
         keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]

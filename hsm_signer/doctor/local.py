@@ -1,0 +1,306 @@
+"""The checks that need no network: configuration, module, token, PIN, key, certificate."""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+from hsm_signer import assembly, files
+from hsm_signer.config import prepared_module
+from hsm_signer.doctor.examination import Examination, known
+from hsm_signer.doctor.finding import NotCheckedError, Outcome, ok, warning
+from hsm_signer.errors import (
+    ConfigError,
+    KeyExportableError,
+    KeyMismatchError,
+    PinError,
+    PinLockedError,
+    PinRefusedError,
+    TokenError,
+    UnsafeFileError,
+    VerificationError,
+)
+from hsm_signer.url import parse as parse_url
+
+MIN_DAYS = 30  # that a certificate should have left: registering the next one takes people some time
+_UNPINNED_SERIAL = frozenset("0 ")
+
+
+def configuration(x: Examination) -> Outcome:
+    """Everything that a fetch needs is there and fits together."""
+    settings = x.settings
+    settings.require("module", "token", "key", "client_id")
+    if not settings.issuer:
+        settings.require("token_endpoint")
+    if settings.token_endpoint:
+        assembly.client_assertion(settings, parse_url(settings.token_endpoint, what="token-endpoint").text)
+    facts = {
+        "preset": settings.preset,
+        "claims": settings.claims,
+        "lifetime": settings.lifetime,
+        "clock_offset": settings.clock_offset,
+        "kid_sent": bool(settings.kid),
+    }
+    where = f"profile {settings.profile} in {settings.config}" if settings.profile else "no profile is used"
+    if not settings.scope:
+        return warning(f"{where}; no scope is asked for", "set scope, unless the server has a default", facts)
+    return ok(where, facts)
+
+
+def module(x: Examination) -> Outcome:
+    """The module is one to trust, loads and starts."""
+    x.given("module")
+    path = prepared_module(x.settings)
+    from hsm_signer.hsm.module import module_info
+
+    info = module_info(path)
+    x.module = path
+    version, cryptoki = "{}.{}".format(*info.version), "{}.{}".format(*info.cryptoki_version)
+    threads = "for threads" if info.threads else "one call at a time"
+    return ok(
+        f"{info.description} {version} by {info.manufacturer}, PKCS#11 {cryptoki}, {threads}: {path}",
+        {
+            "module": info.description,
+            "module_version": version,
+            "module_vendor": info.manufacturer,
+            "cryptoki": cryptoki,
+            "threads": info.threads,
+        },
+    )
+
+
+def token(x: Examination) -> Outcome:
+    """The token is there, once, and its flags let us log in."""
+    path = known(x.module, "module")
+    wanted = x.given("token")
+    from hsm_signer.hsm import module as modules
+    from hsm_signer.hsm.token import find_token
+    from hsm_signer.hsm.uri import token_uri
+
+    uri = token_uri(wanted)
+    info = find_token(modules.load(path), uri).info
+    x.slot = next(slot for slot in modules.slots(path) if slot.slot_id == info.slot_id)
+    kind = "hardware" if info.hardware else "software"
+    evidence = f"{info.label}, serial {info.serial}: {info.manufacturer} {info.model}, a slot of {kind}"
+    facts = {
+        "token_vendor": info.manufacturer,
+        "token_model": info.model,
+        "firmware": "{}.{}".format(*info.firmware_version),
+        "hardware": info.hardware,
+        "flags": sorted(info.flags),
+    }
+    _judge_flags(info.flags, info.label)
+    if "USER_PIN_FINAL_TRY" in info.flags:
+        return warning(evidence, "the next wrong PIN locks it: log in once with the token's own tool", facts)
+    if "USER_PIN_COUNT_LOW" in info.flags:
+        return warning(evidence, "a wrong PIN was tried lately: check the PIN source", facts)
+    if "USER_PIN_TO_BE_CHANGED" in info.flags:
+        return warning(evidence, "the token wants another PIN: change it with the token's own tool", facts)
+    is_pinned = uri.serial is not None or set(info.serial) <= _UNPINNED_SERIAL
+    advice = (
+        None if is_pinned else f'pin its serial: token = "pkcs11:token={info.label};serial={info.serial}"'
+    )
+    return ok(evidence, facts, advice=advice)
+
+
+def _judge_flags(flags: frozenset[str], label: str) -> None:
+    if "USER_PIN_LOCKED" in flags:
+        raise PinLockedError(
+            f"the user PIN of token {label!r} is locked",
+            code="CKF_USER_PIN_LOCKED",
+            hint="whoever holds the security officer's PIN or the PUK can unlock it",
+        )
+    if "LOGIN_REQUIRED" in flags and "USER_PIN_INITIALIZED" not in flags:
+        raise PinError(
+            f"token {label!r} has no user PIN yet",
+            code="CKR_USER_PIN_NOT_INITIALIZED",
+            hint="the security officer sets the first one, with the token's own tool",
+        )
+
+
+def mechanism(x: Examination) -> Outcome:
+    """The token signs with ECDSA."""
+    offered = known(x.slot, "token").mechanisms
+    for name, evidence in (("ECDSA", "CKM_ECDSA"), ("ECDSA_SHA256", "CKM_ECDSA_SHA256: the token hashes")):
+        if name in offered:
+            return ok(evidence, {"mechanism": name})
+    raise TokenError(
+        f"the token offers neither CKM_ECDSA nor CKM_ECDSA_SHA256; {len(offered)} mechanisms are others",
+        code="CKR_MECHANISM_INVALID",
+        hint="ES256 needs a token with elliptic curves: see hsm-token slots",
+    )
+
+
+def pin_source(x: Examination) -> Outcome:
+    """The PIN can be fetched, and nothing keeps it from being sent; it is not sent here."""
+    from hsm_signer.pin import PinSource
+
+    name = str(x.settings.pin_source)
+    if name == "prompt" and x.login.prompt is None:
+        raise NotCheckedError(
+            "the PIN is asked for, and here is no terminal", "for a service, set pin-source"
+        )
+    source = assembly.pin_source(x.settings, x.login)
+    if not isinstance(source, PinSource):
+        if x.slot and "PROTECTED_AUTHENTICATION_PATH" not in x.token_info.flags:
+            raise PinRefusedError("the token has no PIN pad", hint="choose another pin-source")
+        return ok("typed at the token's PIN pad", {"pin_source": "pinpad"})
+    kind = name.partition(":")[0]
+    if not source.unattended:
+        return ok("asked for at the terminal", {"pin_source": kind})
+    _check_state(assembly.state_directory(x.settings))
+    if x.slot:
+        source.check(x.token_info.identity)
+    if kind == "command":  # running it can ask a person for something; the login does that
+        _check_command(name)
+        return ok(f"{source.name} is there, and is run at a login only", {"pin_source": kind})
+    source()
+    return ok(
+        f"{source.name} gives what can be a PIN, and no unsuccessful login stands", {"pin_source": kind}
+    )
+
+
+def _check_state(directory: Path) -> None:
+    """No unattended login without a directory for its marker."""
+    try:
+        with files.private_directory(directory, forbidden=files.UNTOUCHED):
+            writable = os.access(directory, os.W_OK)
+    except (OSError, UnsafeFileError) as exc:
+        raise PinRefusedError(
+            f"state directory {directory}: {exc}", hint="set state-dir to one of ours"
+        ) from None
+    if not writable:
+        raise PinRefusedError(f"state directory {directory} is not writable", hint=f"chmod u+w {directory}")
+
+
+def _check_command(name: str) -> None:
+    program = shlex.split(name.partition(":")[2])[0]
+    if not shutil.which(program):
+        raise ConfigError(
+            f"the program of the PIN command is not there: {program}", hint="pin-source needs it"
+        )
+
+
+def login(x: Examination) -> Outcome:
+    """The token takes the PIN."""
+    known(x.slot, "token")
+    name = str(x.settings.pin_source)
+    how = x.login
+    if name == "prompt":
+        if how.prompt is None:
+            raise NotCheckedError("nobody is there to type the PIN")
+        ask = how.prompt
+
+        def ask_or_pass(question: str) -> str:
+            pin = ask(f"{question.rstrip(': ')} (Enter alone goes on without)")
+            if not pin:
+                raise NotCheckedError("no PIN was typed")
+            return pin
+
+        how = assembly.Login(ask_or_pass, how.retry)
+    elif not x.may_log_in:
+        raise NotCheckedError("no PIN is sent to a token unasked", "hsm-token doctor --login")
+    x.token = x.held.enter_context(assembly.open_token(x.settings, how))
+    return ok("the token took the PIN")
+
+
+def key(x: Examination) -> Outcome:
+    """The key is there, once, is the pinned one, and its public half is its own."""
+    token = known(x.token, "login")
+    name, pinned = x.given("key"), x.settings.key_thumbprint
+    signer = token.signer(name, thumbprint=pinned)
+    thumbprint = signer.kid  # signs a fresh challenge
+    x.signer = signer
+    advice = None if pinned else f'pin it: key-thumbprint = "{thumbprint}"'
+    return ok(f"{name}, thumbprint {thumbprint}, {'as' if pinned else 'not'} pinned", advice=advice)
+
+
+def proof(x: Examination) -> Outcome:
+    """The key cannot leave the token, as far as trying shows."""
+    known(x.signer, "key")
+    shown = known(x.token, "login").prove(str(x.settings.key))
+    facts = {
+        "key_flags": sorted(name for name, value in shown.claimed.items() if value),
+        "probes": [f"{probe.name}: {probe.answer}" for probe in shown.probed],
+    }
+    if not shown.ok:
+        raise KeyExportableError(shown.statement, hint="hsm-token key prove shows what was tried")
+    return ok(shown.statement, facts)
+
+
+def signature(x: Examination) -> Outcome:
+    """A signature verifies in software, and on the token where it can tell."""
+    from hsm_signer.ecdsa import point_from_jwk
+    from hsm_signer.errors import SignatureInvalidError
+    from hsm_signer.verification import PublicKey
+
+    signer = known(x.signer, "key")
+    data = secrets.token_bytes(32)
+    began = time.perf_counter()
+    made = signer.sign(data)
+    milliseconds = round((time.perf_counter() - began) * 1000, 1)
+    PublicKey(point_from_jwk(signer.jwk)).verify(made, data)
+    by_token = signer.verified_by_token(made, data)
+    if by_token is False:
+        raise SignatureInvalidError("the signature verifies in software, but the token itself refuses it")
+    also = "and by the token" if by_token else "; the token does not verify"
+    facts = {"verified_by_token": by_token, "milliseconds": milliseconds}
+    return ok(f"made in {milliseconds} ms, verified in software {also}", facts)
+
+
+def certificate(x: Examination) -> Outcome:
+    """The registered certificate is of this key, in date, and the one that was enrolled."""
+    from hsm_signer import x509
+
+    if not x.settings.certificate:
+        raise NotCheckedError("no certificate is named", 'certificate = "…/es256_cert.pem" in the profile')
+    path = Path(x.settings.certificate)
+    try:
+        found = x509.read_certificate(files.read_bytes(path.resolve(), max_size=x509.MAX_BYTES, forbidden=0))
+    except OSError as unreadable:
+        raise ConfigError(f"certificate {path}: {unreadable.strerror}") from None
+    thumbprint = x.signer.kid if x.signer else x.settings.key_thumbprint
+    if thumbprint and not found.holds(thumbprint):
+        raise KeyMismatchError(
+            f"{path} is not of the key with thumbprint {thumbprint}",
+            hint="what is registered decides: name its certificate, or its key",
+        )
+    now = int(x.clock())
+    days = found.days_left(now)
+    if now >= found.not_after.timestamp():
+        raise VerificationError(f"{path} ended {found.not_after:%Y-%m-%d}", hint="hsm-token rollover")
+    if now < found.not_before.timestamp():
+        raise VerificationError(
+            f"{path} starts {found.not_before:%Y-%m-%d %H:%M} UTC only", hint="see the clock"
+        )
+    _compare_receipt(path, found.fingerprint)
+    whose = "of the key" if thumbprint else "not compared with the key"
+    evidence = f"{path}: {found.subject}, {whose}, {days} days left"
+    if days < MIN_DAYS:
+        return warning(
+            evidence, "register the next one in time: hsm-token rollover", {"certificate_days": days}
+        )
+    return ok(evidence, {"certificate_days": days})
+
+
+def _compare_receipt(path: Path, fingerprint: str) -> None:
+    """Beside a certificate in its enrolment folder lies what was sent."""
+    from hsm_signer.enrolment import RECEIPT
+
+    receipt = path.resolve().parent / RECEIPT
+    try:
+        enrolled = json.loads(files.read_bytes(receipt, max_size=1 << 20, forbidden=0))["certificate"][
+            "sha256"
+        ]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{receipt} cannot be read, so nobody knows which certificate was sent") from None
+    if enrolled != fingerprint:
+        raise VerificationError(
+            f"{path} is not the certificate that {receipt} says was enrolled",
+            hint="ask the operator which of the two is registered",
+        )

@@ -1,0 +1,71 @@
+"""The doctor in a real installation, whole and broken."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from conftest import SoftToken
+from installation import CLIENT, Installation, install
+
+from hsm_signer.doctor import LADDER
+from hsm_signer.rehearsal import RehearsalServer
+
+CHECKS = [name for name, _ in LADDER]
+
+
+@pytest.fixture(scope="session")
+def tls_files(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("tls")
+    certificate = ca.issue_cert("localhost", "127.0.0.1")
+    chain, key = directory / "chain.pem", directory / "key.pem"
+    certificate.cert_chain_pems[0].write_to_path(chain)
+    certificate.private_key_pem.write_to_path(key)
+    return chain, key
+
+
+@pytest.fixture(scope="session")
+def office(
+    tls_files: tuple[Path, Path],
+    new_token: Callable[..., SoftToken],
+    ca_bundle: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Installation]:
+    """An office that works, beside its authorization server."""
+    made = install(tmp_path_factory.mktemp("office"), new_token(), ca_bundle)
+    with RehearsalServer({CLIENT: made.home / "es256_cert.pem"}, tls=tls_files) as server:
+        made.settings |= {"token-endpoint": server.token_endpoint, "issuer": server.issuer}
+        made.write()
+        yield made
+
+
+def findings(text: str) -> dict[str, dict[str, str]]:
+    return {each["check"]: each for each in json.loads(text)}
+
+
+def test_where_nothing_is_wrong_every_check_says_ok_and_why(office):
+    done = office.run("doctor", "--login", "--json")
+    found = findings(done.stdout)
+    assert list(found) == CHECKS
+    assert {each["verdict"] for each in found.values()} == {"ok"}, done.stdout
+    assert all(each["evidence"] for each in found.values())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert found["signature"]["facts"]["verified_by_token"] is True
+
+
+def test_without_permission_no_pin_is_sent_and_what_needs_it_is_not_checked(office):
+    found = findings(office.run("doctor", "--json").stdout)
+    unchecked = [name for name, each in found.items() if each["verdict"] == "not checked"]
+    assert unchecked == ["login", "key", "proof", "signature", "token request", "scope", "access token"]
+    assert found["login"]["remedy"] == "hsm-token doctor --login"
+
+
+def test_in_a_pipe_each_check_is_one_line_of_four_cells(office):
+    done = office.run("doctor", "--offline")
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[1] for row in rows] == CHECKS
+    assert {len(row) for row in rows} == {4}
+    remote = {row[1]: row[0] for row in rows[CHECKS.index("proxy") :]}
+    assert set(remote.values()) == {"not checked"}
+    assert done.returncode == 0
