@@ -26,7 +26,7 @@ class BearerAuth(AuthBase):
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Set ``Authorization``, if the request goes to one of the origins."""
-        if request.url and self._token.belongs_to(request.url):
+        if self._token.belongs_to(request.url or ""):
             request.headers["Authorization"] = self._token.header()
             request.hooks["response"].append(self._answered)
         return request

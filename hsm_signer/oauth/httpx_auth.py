@@ -17,7 +17,7 @@ class HttpxBearerAuth(httpx.Auth):
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Set ``Authorization``; repeat the request once after ``invalid_token``."""
-        if not self._token.belongs_to(str(request.url)):
+        if not self._token.belongs_to(_origin(request.url)):
             yield request
             return
         header = request.headers["Authorization"] = self._token.header()
@@ -28,7 +28,7 @@ class HttpxBearerAuth(httpx.Auth):
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """As above; the access token is fetched in a thread, so that the event loop goes on."""
-        if not self._token.belongs_to(str(request.url)):
+        if not self._token.belongs_to(_origin(request.url)):
             yield request
             return
         header = request.headers["Authorization"] = await asyncio.to_thread(self._token.header)
@@ -44,3 +44,7 @@ class HttpxBearerAuth(httpx.Auth):
             and isinstance(response.request.stream, httpx.ByteStream)  # a stream is gone
             and invalid_token(response.headers.get("WWW-Authenticate", ""))
         )
+
+
+def _origin(url: httpx.URL) -> str:
+    return f"{url.scheme}://{url.netloc.decode('ascii')}/"  # of the object that httpx connects by
