@@ -153,6 +153,8 @@ class Settings:
     next_key: str | None = _setting(_text, "the key after this one, while a rollover is under way")
     next_key_thumbprint: str | None = _setting(_text, "RFC 7638 thumbprint of the next key")
     next_certificate: str | None = _setting(_text, "file of the next certificate", path=True)
+    previous_key: str | None = _setting(_text, "the key before this one, until it is retired")
+    previous_key_thumbprint: str | None = _setting(_text, "RFC 7638 thumbprint of the previous key")
     module_env: Mapping[str, str] | None = _setting(_environment, "variables set before the module is loaded")
 
     config: Path | None = None

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
-from hsm_signer import __version__, ecdsa, files, x509
+from hsm_signer import __version__, ecdsa, files, validity, x509
 from hsm_signer.errors import ConfigError, KeyExportableError, KeyMismatchError, KeyNotFoundError
 from hsm_signer.hsm.uri import key_uri
 from hsm_signer.jose import jwk_set
@@ -29,7 +30,6 @@ JWKS = "jwks.json"
 RECEIPT = "receipt.json"
 README = "README.txt"
 FILES = (CERTIFICATE, PUBLIC_KEY, JWKS, RECEIPT, README)
-BACKDATED = 300  # seconds that notBefore lies in the past: the server's clock may be behind ours
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Enrolment:
             certificate=_in_lines(certificate.fingerprint),
             public_key=_in_lines(self.key_fingerprint),
             facts="\n".join(f"{name:<18}{fact}" for name, fact in facts.items()),
-            statement=self.proof.statement,
+            statement=fill(self.proof.statement, 79),
             probes="\n".join(f"  {probe.name}: {probe.answer}" for probe in self.proof.probed),
             claims="\n".join(f"  {name}: {value}" for name, value in self.proof.claimed.items()),
         )
@@ -106,10 +106,11 @@ class Enrolment:
 _README = f"""\
 Registration of a key for the client {{client_id}}
 
-Send {CERTIFICATE} to the operator of the authorization server. For WIPO DAS that is WIPO.
-It is the file that is registered, and no other file has to be sent; {README} and {RECEIPT} may go along, so
-that the receiver has something to compare with. Nothing in this folder is secret. The private key is in the
-token, and in none of these files.
+Send {CERTIFICATE} to the operator of the authorization server. For WIPO DAS
+that is WIPO. It is the file that is registered, and no other file has to be
+sent; {README} and {RECEIPT} may go along, so that the receiver has
+something to compare with. Nothing in this folder is secret. The private key is
+in the token, and in none of these files.
 
 Compare before the certificate is registered, on the telephone for example:
 
@@ -148,8 +149,10 @@ def ensure_key(token: "Token", key: str, *, thumbprint: str | None) -> bool:
     """Generate the key unless it is there; whether it was generated. A key that is pinned is not replaced."""
     try:
         token.signer(key, thumbprint=thumbprint)
-    except KeyNotFoundError:
+    except KeyNotFoundError as missing:
         uri = key_uri(key)
+        if thumbprint is not None:
+            missing.hint = "a pinned key is not made anew; another key: hsm-token rollover prepare"
         if thumbprint is not None or uri.object is None:
             raise
         token.generate_key(uri.object, id=uri.id)
@@ -177,7 +180,7 @@ def enrol(
     if not proof.ok:
         raise KeyExportableError(proof.statement, hint="hsm-token key prove shows what was tried")
     der = x509.self_signed(
-        signer, common_name=common_name, subject=subject, not_before=now - BACKDATED, days=days
+        signer, common_name=common_name, subject=subject, not_before=now - validity.BACKDATED, days=days
     )
     certificate = x509.read_certificate(der)
     if certificate.thumbprint != proof.key.thumbprint:

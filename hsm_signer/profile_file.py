@@ -8,16 +8,20 @@ is written in another way is left as it is, and the lines to change are handed t
 import os
 import re
 import stat
+import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
 from hsm_signer import files
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
+from hsm_signer.locks import try_lock
 
 MAX_BYTES = 1 << 20
-_HEADER = re.compile(r"\s*\[")
+LOCK_SECONDS = 30.0
+_POLL = 0.05  # seconds
 _STATEMENT = re.compile(
     r"""(?P<start>\s*(?:(?P<bare>[A-Za-z0-9_-]+)|"(?P<quoted>[^"\\]+)")\s*=\s*)"""
     r"""(?:"(?:[^"\\]|\\.)*"|'[^']*')(?P<end>\s*(?:\#.*)?)$"""
@@ -41,6 +45,31 @@ def change(path: Path, profile: str, changes: Mapping[str, str | None]) -> None:
         files.replace(path, after)
     except OSError as exc:
         raise not_changed(f"{path} cannot be replaced ({exc.strerror})", profile, changes) from None
+
+
+def profiles(path: Path) -> dict[str, dict[str, object]]:
+    """Read the profiles as they are written, without presets and defaults."""
+    text = files.read_bytes(path.resolve(), max_size=MAX_BYTES, forbidden=files.UNTOUCHED).decode()
+    tables = tomllib.loads(text).get("profiles", {})
+    return {name: settings for name, settings in tables.items() if isinstance(settings, dict)}
+
+
+@contextmanager
+def exclusive(state_directory: Path) -> Iterator[None]:
+    """Hold the one lock of the user under which profiles are changed, and keys that they name deleted."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with files.private_directory(state_directory, forbidden=files.UNTOUCHED) as directory:
+        while (held := try_lock(directory, "profiles.lock")) is None:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"another hsm-token has been changing profiles for {LOCK_SECONDS:.0f} seconds",
+                    hint="see which hsm-token process hangs",
+                )
+            time.sleep(_POLL)
+        try:
+            yield
+        finally:
+            held.release()
 
 
 def changed(text: str, profile: str, changes: Mapping[str, str | None]) -> str:
@@ -80,10 +109,11 @@ def _means(text: str, wanted: Mapping[str, object]) -> bool:
 
 
 def _edited(lines: list[str], profile: str, changes: Mapping[str, str | None]) -> list[str]:
-    start = next((n for n, line in enumerate(lines) if _is_header_of(line, profile)), None)
+    headers = {n: table for n, line in enumerate(lines) if (table := _header(line)) is not None}
+    start = next((n for n, table in headers.items() if table == {"profiles": {profile: {}}}), None)
     if start is None:
         return lines
-    end = next((n for n in range(start + 1, len(lines)) if _HEADER.match(lines[n])), len(lines))
+    end = next((n for n in headers if n > start), len(lines))
     body, missing = [lines[start]], dict(changes)
     for line in lines[start + 1 : end]:
         name = _name(line)
@@ -99,8 +129,12 @@ def _edited(lines: list[str], profile: str, changes: Mapping[str, str | None]) -
     return [*lines[:start], *body[:place], *added, *body[place:], *lines[end:]]
 
 
-def _is_header_of(line: str, profile: str) -> bool:
-    return bool(_HEADER.match(line)) and _means(line, {"profiles": {profile: {}}})
+def _header(line: str) -> dict[str, object] | None:
+    """What a line says that is a table header on its own."""
+    try:
+        return tomllib.loads(line) if line.lstrip().startswith("[") else None
+    except tomllib.TOMLDecodeError:
+        return None
 
 
 def _name(line: str) -> str | None:

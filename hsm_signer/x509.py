@@ -18,7 +18,6 @@ from hsm_signer import distinguished_name, ecdsa
 from hsm_signer.errors import ConfigError, KeyMismatchError
 from hsm_signer.jose import Signer, thumbprint
 
-VALIDITY_DAYS = 730  # WIPO replaces the certificate of an office every two years
 MAX_BYTES = 1 << 16
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----\r?\n([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----\s")
 _ASN1_ERRORS = (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError, RecursionError)

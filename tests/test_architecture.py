@@ -35,12 +35,13 @@ DOORS = {
 FLOORS = [
     {"errors", "text"},
     {"url", "jose", "files", "distinguished_name"},
-    {"ecdsa", "locks", "profile_file"},
-    {"verification", "assertion", "paths"},
+    {"ecdsa", "locks"},
+    {"verification", "assertion", "paths", "profile_file"},
     {"x509", "pin_guard"},
     {"pin"},
     {"hsm", "oauth"},
     {"config"},
+    {"validity"},
     {"assembly"},
 ]
 ROOF = {"cli"}

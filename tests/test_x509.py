@@ -14,28 +14,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
+from software_signer import SoftwareSigner
 
 from hsm_signer import ecdsa, x509
 from hsm_signer.errors import ConfigError, KeyMismatchError, SignatureInvalidError
-from hsm_signer.jose import thumbprint
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 NAME = "das-api-auth private_key_jwt authentication"
-
-
-class SoftwareSigner:
-    """A key of ``cryptography``: certificates are made over any Signer."""
-
-    alg = "ES256"
-
-    def __init__(self) -> None:
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        numbers = self.key.public_key().public_numbers()
-        self.jwk = ecdsa.jwk_from_point(b"\x04" + numbers.x.to_bytes(32) + numbers.y.to_bytes(32))
-        self.kid = thumbprint(self.jwk)
-
-    def sign(self, data: bytes) -> bytes:
-        return ecdsa.raw_from_der(self.key.sign(data, ec.ECDSA(SHA256())))
 
 
 SIGNER = SoftwareSigner()
