@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hsm_signer import paths
+from hsm_signer import paths, validity
 from hsm_signer.assertion import ClientAssertion
 from hsm_signer.config import Settings, default_pin_source, prepared_module, proxy_for, variable
 from hsm_signer.errors import ConfigError
@@ -65,7 +65,9 @@ def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
     """A signer on the configured key, which must be the pinned one."""
     settings.require("key")
     with open_token(settings, login) as token:
-        yield token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+        signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+        validity.warn(settings, token)
+        yield signer
 
 
 def client_assertion(settings: Settings, endpoint: str) -> ClientAssertion:

@@ -20,6 +20,8 @@ HOMES = {
     "exchange": "assertion",
     "key": "key",
     "cert": "cert",
+    "enroll": "enrol",
+    "rollover": "rollover",
     "slots": "slots",
     "rehearse": "rehearse",
     "config": "config",

@@ -106,14 +106,15 @@ def _asked(given: dict[str, str | None]) -> dict[str, str | None]:
     if "token-endpoint" not in PRESETS.get(answers["preset"] or "", {}):
         answers["token_endpoint"] = given["token_endpoint"] or terminal.ask("token endpoint (URL)")
     answers["client_id"] = given["client_id"] or terminal.ask("client id")
-    answers["module"] = module = given["module"] or _ask_module()
-    answers["token"] = given["token"] or _ask_token(module)
+    answers["module"] = module = given["module"] or ask_module()
+    answers["token"] = given["token"] or ask_token(module)
     answers["key"] = given["key"] or terminal.ask("label of the key, there or to be made", "das-key")
     answers["pin_source"] = given["pin_source"] or terminal.ask("where the PIN comes from", "prompt")
     return answers
 
 
-def _ask_module() -> str:
+def ask_module() -> str:
+    """Let a person choose a PKCS#11 module; none is loaded."""
     from hsm_signer.hsm.known import known_modules
 
     found = [str(each) for each in known_modules()]
@@ -124,7 +125,7 @@ def _ask_module() -> str:
     )
 
 
-def _ask_token(module: str) -> str:
+def ask_token(module: str) -> str:
     """Load the module that was just chosen and let the person pick a token; no PIN is sent."""
     path = prepared_module(Settings(module=module))
     from hsm_signer.hsm.module import slots

@@ -1,7 +1,10 @@
 """``hsm-token fetch``: an access token."""
 
 import shlex
+import time
+from collections.abc import Iterable
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,16 +46,39 @@ def fetch(
     ] = 60,
     force: Annotated[bool, typer.Option("--force", help="Ask the server even if a token is cached.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor write the cache.")] = False,
+    or_next: Annotated[
+        bool, typer.Option("--or-next", help="If the server refuses the key, try the next one, once.")
+    ] = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
     """Print an access token: the cached one, or one for an assertion that the key signs now.
 
     Example: hsm-token fetch --profile das --format curl | curl -K - https://das.example/
     """
-    client = assembly.token_client(settings, options.login(retry_pin), cached=not no_cache)
+
+    def fetch_with(settings: Settings) -> "TokenResponse":
+        client = assembly.token_client(settings, options.login(retry_pin), cached=not no_cache)
+        return client.fetch(min_validity=min_validity, force=force)
+
     with terminal.working("asking the authorization server"):
-        response = client.fetch(min_validity=min_validity, force=force)
+        if or_next and settings.next_key:
+            from hsm_signer.rollover import fetch_or_next, following
+
+            both = (settings, following(settings))
+            kept = None if force or no_cache else _kept(both, min_validity)
+            response = kept or fetch_or_next(*(partial(fetch_with, each) for each in both))
+        else:
+            response = fetch_with(settings)
     show(response, output)
+
+
+def _kept(both: Iterable[Settings], min_validity: int) -> "TokenResponse | None":
+    """What is cached of either key: after the cut-over not every run has to be refused first."""
+    for settings in both:
+        cache = assembly.access_token_cache(settings, assembly.token_endpoint(settings))
+        if found := cache.load(int(time.time()), min_validity):
+            return found
+    return None
 
 
 def show(response: "TokenResponse", output: Format) -> None:

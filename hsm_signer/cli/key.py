@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hsm_signer import assembly
+from hsm_signer import assembly, validity
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, KeyExportableError
+from hsm_signer.jose import jwk_set
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.keys import KeyInfo
@@ -117,16 +118,18 @@ def export(
 
     Example: hsm-token key export --profile das --format jwks
     """
-    with assembly.open_signer(settings, options.login(retry_pin)) as signer:
+    settings.require("key")
+    with assembly.open_token(settings, options.login(retry_pin)) as token:
+        signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
         match output:
             case PublicFormat.pem:
                 terminal.result(signer.public_key_pem.rstrip("\n"))
             case PublicFormat.jwk:
                 terminal.json_result(signer.jwk)
             case PublicFormat.jwks:
-                terminal.json_result(
-                    {"keys": [signer.jwk | {"use": "sig", "alg": signer.alg, "kid": signer.kid}]}
-                )
+                watched = validity.watched(settings, token)
+                own = (each.certificate.der for each in watched if each.certificate.holds(signer.kid))
+                terminal.json_result(jwk_set(signer, next(own, None)))
             case PublicFormat.thumbprint:
                 terminal.result(signer.kid)
 

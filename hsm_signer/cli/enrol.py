@@ -1,0 +1,162 @@
+"""``hsm-token enroll``: a key, its proof and its certificate, in a folder that is ready to send."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsm_signer import assembly, validity
+from hsm_signer.cli import options, terminal
+from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
+from hsm_signer.cli.config import ask_module, ask_token
+from hsm_signer.config import Settings
+from hsm_signer.errors import ConfigError, ProfileNotChangedError
+
+if TYPE_CHECKING:
+    from hsm_signer.enrolment import Enrolment
+    from hsm_signer.hsm.token import Token
+
+app = typer.Typer()
+
+Folder = Annotated[
+    Path | None, typer.Option("--out", help="Folder to write; files in it are new.", show_default=False)
+]
+Store = Annotated[bool, typer.Option("--store", help="Store the certificate on the token too.")]
+
+
+@app.command()
+@options.configured(*options.KEY, "client_id")
+def enroll(
+    settings: Settings,
+    out: Folder = None,
+    common_name: CommonName = None,
+    subject: Subject = None,
+    days: Days = validity.DAYS,
+    store: Store = False,
+    as_json: options.Json = False,
+    retry_pin: options.RetryPin = False,
+) -> None:
+    """Generate the key, or take the one that is there, and write the folder that registers it.
+
+    Asks on a terminal for what is missing. Prints the path of the one file to send.
+
+    Example: hsm-token enroll --profile das --key das-2026 --out das-2026
+    """
+    settings, folder = _complete(settings, out)
+    name = common_name_of(settings, common_name, subject)
+    with assembly.open_token(settings, options.login(retry_pin)) as token:
+        made = make(settings, token, folder, common_name=name, subject=subject, days=days, store=store)
+        serial = token.info.serial
+    _into_profile(settings, made, folder, serial)
+    report(made, folder, as_json=as_json)
+
+
+def make(
+    settings: Settings,
+    token: "Token",
+    folder: Path,
+    *,
+    common_name: str | None,
+    subject: str | None,
+    days: int,
+    store: bool,
+) -> "Enrolment":
+    """Make sure of the key, enrol it and write the folder."""
+    from hsm_signer import enrolment
+
+    key, pinned = str(settings.key), settings.key_thumbprint
+    enrolment.check_free(folder)
+    with terminal.working("generating and proving the key"):
+        generated = enrolment.ensure_key(token, key, thumbprint=pinned)
+        made = enrolment.enrol(
+            token,
+            key,
+            client_id=str(settings.client_id),
+            common_name=common_name,
+            subject=subject,
+            days=days,
+            now=int(time.time()),
+            thumbprint=pinned,
+        )
+    if store:
+        token.store_certificate(key, made.certificate.der)
+    enrolment.write(made, folder)
+    terminal.note(f"key {made.proof.key.label} {'generated' if generated else 'was there, and is taken'}")
+    return made
+
+
+def report(made: "Enrolment", folder: Path, *, as_json: bool) -> None:
+    """Tell a person what to do with the folder; the result is the file to send, or the receipt."""
+    from hsm_signer import enrolment
+
+    terminal.note(made.proof.statement)
+    terminal.note(f"wrote {folder}: {', '.join(enrolment.FILES)}")
+    terminal.note(
+        f"send {enrolment.CERTIFICATE} to the operator of the server (WIPO DAS: to WIPO), and nothing else"
+    )
+    terminal.note(f"SHA-256 of the certificate: {enrolment.in_groups(made.certificate.fingerprint)}")
+    terminal.note(f"SHA-256 of the public key:  {enrolment.in_groups(made.key_fingerprint)}")
+    if as_json:
+        terminal.json_result(made.receipt())
+    else:
+        terminal.result(str(folder / enrolment.CERTIFICATE))
+
+
+def relative_to_config(settings: Settings, path: Path) -> str:
+    """A path as the configuration file should name it."""
+    absolute = path.absolute()
+    home = settings.config.parent if settings.config else None
+    return os.path.relpath(absolute, home) if home and absolute.is_relative_to(home) else str(absolute)
+
+
+def _into_profile(settings: Settings, made: "Enrolment", folder: Path, serial: str) -> None:
+    from hsm_signer import enrolment, profile_file
+    from hsm_signer.hsm.uri import token_uri
+
+    token = token_uri(str(settings.token))
+    if serial.strip("0 "):
+        token = replace(token, serial=serial)
+    changes: dict[str, str | None] = {
+        "token": str(token),
+        "key": made.proof.key.uri,
+        "key-thumbprint": made.certificate.thumbprint,
+        "certificate": relative_to_config(settings, folder / enrolment.CERTIFICATE),
+    }
+    if settings.config is None or settings.profile is None:
+        show_lines(profile_file.not_changed("there is no profile", settings.profile or "NAME", changes))
+        return
+    try:
+        with profile_file.exclusive(assembly.state_directory(settings)):
+            profile_file.change(settings.config, settings.profile, changes)
+    except ProfileNotChangedError as failed:
+        show_lines(failed)
+    else:
+        terminal.note(f"profile {settings.profile} in {settings.config} now pins the key")
+
+
+def show_lines(failed: ProfileNotChangedError) -> None:
+    """Hand a person the lines that we cannot write."""
+    terminal.note(f"{failed}; change these lines of the profile yourself:")
+    for line in failed.lines:
+        terminal.note(f"  {line}")
+
+
+def _complete(settings: Settings, out: Path | None) -> tuple[Settings, Path]:
+    """Ask for what is missing, where there is somebody to ask."""
+    if terminal.somebody_there():
+        module = settings.module or ask_module()
+        settings = replace(
+            settings,
+            module=module,
+            token=settings.token or ask_token(module),
+            key=settings.key or terminal.ask("label of the key, there or to be made", "das-key"),
+            client_id=settings.client_id or terminal.ask("client id"),
+        )
+        out = out or Path(terminal.ask("folder to write", str(settings.client_id)))
+    settings.require("module", "token", "key", "client_id")
+    if out is None:
+        raise ConfigError("no folder given", hint="use --out")
+    return settings, out

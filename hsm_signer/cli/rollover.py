@@ -1,0 +1,195 @@
+"""``hsm-token rollover``: from one key to the next, at a server that knows one at a time."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsm_signer import assembly, rollover, validity
+from hsm_signer.cli import enrol, options, terminal
+from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
+from hsm_signer.config import Settings
+from hsm_signer.errors import ConfigError, ProfileNotChangedError
+
+if TYPE_CHECKING:
+    from hsm_signer.hsm.token import Token
+    from hsm_signer.oauth.response import TokenResponse
+
+app = typer.Typer()
+group = typer.Typer(name="rollover", help="Change to the next key, step by step.", no_args_is_help=True)
+app.add_typer(group)
+
+
+@group.command()
+@options.configured(*options.KEY, "client_id")
+def prepare(
+    settings: Settings,
+    next_key: Annotated[str, typer.Argument(help="Label of the next key, there or to be made.")],
+    out: enrol.Folder = None,
+    common_name: CommonName = None,
+    subject: Subject = None,
+    days: Days = validity.DAYS,
+    store: enrol.Store = False,
+    as_json: options.Json = False,
+    retry_pin: options.RetryPin = False,
+) -> None:
+    """Make the next key and the folder that registers it, beside the key in use.
+
+    Example: hsm-token rollover prepare das-2028 --profile das --out das-2028
+    """
+    from hsm_signer import enrolment
+
+    path, profile = _profile(settings)
+    rollover.check_none_is_prepared(path, profile)
+    if next_key == settings.key:
+        raise ConfigError(f"{next_key} is the key in use", hint="the next key has another label")
+    name = common_name_of(settings, common_name, subject)
+    folder = out or Path(next_key)
+    upcoming = rollover.following(replace(settings, next_key=next_key))
+    with assembly.open_token(settings, options.login(retry_pin)) as token:
+        made = enrol.make(upcoming, token, folder, common_name=name, subject=subject, days=days, store=store)
+        try:
+            rollover.prepare(
+                token,
+                made.certificate.thumbprint,
+                enrol.relative_to_config(settings, folder / enrolment.CERTIFICATE),
+                path,
+                profile,
+                state_directory=assembly.state_directory(settings),
+            )
+        except ProfileNotChangedError as failed:
+            enrol.show_lines(failed)
+    enrol.report(made, folder, as_json=as_json)
+    terminal.note("once it is registered: hsm-token rollover try, then hsm-token rollover switch")
+
+
+@group.command()
+@options.configured(*options.TOKEN)
+def status(settings: Settings, as_json: options.Json = False, retry_pin: options.RetryPin = False) -> None:
+    """Show the key in use and the next one, their certificates and the days that are left.
+
+    Example: hsm-token rollover status --profile das
+    """
+    settings.require("key")
+    with assembly.open_token(settings, options.login(retry_pin)) as token:
+        states = rollover.status(settings, token)
+    rows = [state.as_dict(int(time.time())) for state in states]
+    if as_json:
+        terminal.json_result(rows)
+        return
+    terminal.table(
+        ("role", "key", "thumbprint", "on the token", "certificate fits", "until", "days left"),
+        [tuple(_cell(value) for value in row.values()) for row in rows],
+    )
+
+
+def _cell(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "NO"
+    return str(value)
+
+
+@group.command("try")
+@options.configured(*options.TOKEN, *options.OAUTH)
+def try_next(settings: Settings, as_json: options.Json = False, retry_pin: options.RetryPin = False) -> None:
+    """Ask the server for an access token with the next key; nothing is cached, shown or changed.
+
+    Example: hsm-token rollover try --profile das
+    """
+    response = _attempt(settings, retry_pin)
+    if as_json:
+        terminal.json_result({"accepted": True, "scope": response.scope, "expires_at": response.expires_at})
+    else:
+        terminal.result(f"the server takes the next key, for scope {response.scope}")
+
+
+def _attempt(settings: Settings, retry_pin: bool) -> "TokenResponse":
+    client = assembly.token_client(rollover.following(settings), options.login(retry_pin), cached=False)
+    with terminal.working("asking the authorization server"):
+        return client.fetch()
+
+
+@group.command()
+@options.configured(*options.TOKEN, *options.OAUTH)
+def switch(
+    settings: Settings,
+    force: Annotated[bool, typer.Option("--force", help="Switch without asking the server first.")] = False,
+    retry_pin: options.RetryPin = False,
+) -> None:
+    """Make the next key the key in use, if the server takes it; the old one stays on the token.
+
+    Where the profile cannot be written, its lines to change are printed.
+
+    Example: hsm-token rollover switch --profile das
+    """
+    path, profile = _profile(settings)
+    thumbprint = rollover.following(settings).key_thumbprint
+    if thumbprint is None:
+        raise ConfigError(
+            "the next key is pinned to no thumbprint", hint="add next-key-thumbprint to the profile"
+        )
+    if not force:
+        _attempt(settings, retry_pin)
+    try:
+        rollover.switch(path, profile, thumbprint, state_directory=assembly.state_directory(settings))
+    except ProfileNotChangedError as failed:
+        terminal.note(f"{failed}; nothing is switched before these lines are changed:")
+        terminal.result("\n".join(failed.lines))
+        return
+    terminal.note(f"profile {profile} now uses the key {thumbprint}; the old key stays on the token")
+    terminal.note("when it is needed no more: hsm-token rollover retire")
+
+
+@group.command()
+@options.configured(*options.TOKEN)
+def retire(
+    settings: Settings,
+    thumbprint: Annotated[
+        str | None, typer.Option(help="Thumbprint of the key that is to go; asked for on a terminal.")
+    ] = None,
+    retry_pin: options.RetryPin = False,
+) -> None:
+    """Destroy the old key, which no profile in the file may use. There is no way back.
+
+    Example: hsm-token rollover retire --profile das
+    """
+    path, profile = _profile(settings)
+    if thumbprint is None and not terminal.somebody_there():
+        raise ConfigError("retiring a key needs its thumbprint", hint="use --thumbprint")
+    with assembly.open_token(settings, options.login(retry_pin)) as token:
+        if thumbprint is None:
+            _show_previous(settings, token)
+            thumbprint = terminal.ask("type the thumbprint of the key that is to go")
+        try:
+            info = rollover.retire(
+                token, thumbprint, path, profile, state_directory=assembly.state_directory(settings)
+            )
+        except ProfileNotChangedError as failed:
+            enrol.show_lines(failed)
+            return
+    terminal.note(f"destroyed {info.label} ({thumbprint})")
+
+
+def _show_previous(settings: Settings, token: "Token") -> None:
+    if settings.previous_key_thumbprint:
+        terminal.note(f"the previous key is {settings.previous_key}: {settings.previous_key_thumbprint}")
+    else:
+        terminal.note("the profile names no previous key; on the token are")
+        infos = token.keys()
+        for info in infos:
+            terminal.note(f"  {info.label}: {info.thumbprint}")
+    terminal.note(f"what is destroyed on {token.info.label} is gone for ever")
+
+
+def _profile(settings: Settings) -> tuple[Path, str]:
+    """Where the state of a rollover is."""
+    if settings.config is None or settings.profile is None:
+        raise ConfigError(
+            "a rollover needs a profile: that is where its state is", hint="hsm-token config init writes one"
+        )
+    return settings.config, settings.profile
