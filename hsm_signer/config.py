@@ -244,6 +244,19 @@ def load(options: Mapping[str, object], environ: Mapping[str, str] = os.environ)
     return Settings(**values, config=path if document else None, profile=profile, origins=origins)
 
 
+def check(values: Mapping[str, object]) -> None:
+    """Raise :class:`ConfigError` for a value that no profile may have."""
+    for name, value in values.items():
+        if value is not None:
+            _parsed(name, value, "given")
+
+
+def new_file(named: str | None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where ``config init`` writes: the named file, else the user's own."""
+    named = named or environ.get(variable("config"))
+    return Path(named) if named else paths.user_config_file()
+
+
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """An empty variable is as good as none: ``HSM_TOKEN_PROXY= hsm-token …`` undoes an exported one."""
     optional = (name for name, each in SETTINGS.items() if each.metadata["option"])

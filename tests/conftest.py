@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import office as offices
 import pytest
 import trustme
 from endpoint import Endpoint, Reply
@@ -159,3 +160,22 @@ def endpoint(ca: trustme.CA) -> Iterator[Endpoint]:
     """A token endpoint that grants, unless ``answer`` is set to something else."""
     with Endpoint(ca, Reply()) as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def office(
+    new_token: Callable[..., SoftToken], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[offices.Office]:
+    """An office whose key is registered at a rehearsal server that is up; leave it as you found it."""
+    from hsm_signer.rehearsal import RehearsalServer
+
+    home = tmp_path_factory.mktemp("office")
+    certificate = home / "es256_cert.pem"
+    new = offices.found(home, new_token())
+    for command in (("key", "generate"), ("cert", "self-signed", "--out", str(certificate))):
+        done = new.run(*command)
+        assert done.status == 0, done.stderr
+    with RehearsalServer({offices.CLIENT_ID: certificate}) as server:
+        yield offices.found(
+            home, new.token, token_endpoint=server.token_endpoint, certificate="es256_cert.pem"
+        )

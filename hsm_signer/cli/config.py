@@ -1,21 +1,31 @@
 """``hsm-token config``: the configuration file."""
 
 import json
-from pathlib import Path
-from typing import Annotated
+import shlex
+from collections.abc import Mapping
 
 import typer
 
-from hsm_signer import files, paths
+from hsm_signer import files
 from hsm_signer.cli import options, terminal
-from hsm_signer.config import PRESETS, SETTINGS, Settings, prepared_module, toml_key, toml_text, variable
+from hsm_signer.config import (
+    PRESETS,
+    SETTINGS,
+    Settings,
+    check,
+    new_file,
+    prepared_module,
+    toml_key,
+    toml_text,
+)
 from hsm_signer.errors import ConfigError
 
 app = typer.Typer()
 config = typer.Typer(name="config", help="Write and show the configuration.", no_args_is_help=True)
 app.add_typer(config)
 
-ASKED = ("client_id", "token_endpoint", "module", "token", "key", "pin_source")
+ASKED = ("preset", "token_endpoint", "scope", "client_id", "module", "token", "key", "pin_source")
+OTHER = "another one"
 HEAD = """\
 # hsm-token: one table a profile. Options and environment variables override what stands here.
 # Never a PIN in here: pin-source says where it comes from.
@@ -62,54 +72,45 @@ def presets(as_json: options.Json = False) -> None:
 
 
 @config.command()
-def init(
-    config_file: Annotated[
-        Path | None, typer.Option("--config", help=f"File to write [{variable('config')}].")
-    ] = None,
-    profile: Annotated[str, typer.Option(help="Name of the profile.")] = "default",
-    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
-    client_id: Annotated[str | None, typer.Option()] = None,
-    token_endpoint: Annotated[str | None, typer.Option()] = None,
-    module: Annotated[str | None, typer.Option()] = None,
-    token: Annotated[str | None, typer.Option()] = None,
-    key: Annotated[str | None, typer.Option()] = None,
-    pin_source: Annotated[str | None, typer.Option()] = None,
-) -> None:
+@options.configured("preset", *options.KEY, "client_id", "token_endpoint", "scope", how=dict)
+def init(settings: Mapping[str, str | None]) -> None:
     """Write a commented configuration file of mode 0600; ask for what is not given, on a terminal.
 
     Example: hsm-token config init --preset wipo-das --client-id das-api-auth
     """
-    target = config_file or paths.user_config_file()
+    target = new_file(settings["config"])
     if target.exists():
         raise ConfigError(
             f"{target} exists; nothing is overwritten", hint="add a [profiles.NAME] to it by hand"
         )
-    given = {"preset": preset, "client_id": client_id, "token_endpoint": token_endpoint, "module": module}
-    given |= {"token": token, "key": key, "pin_source": pin_source}
-    answers = _asked(given) if terminal.somebody_there() else given
-    text = _document(profile, answers)
+    given = {name: settings[name] for name in ASKED}
+    check(given)
+    text = _document(settings["profile"] or "default", _asked(given) if terminal.somebody_there() else given)
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         files.create(target, text.encode(), mode=0o600)
     except OSError as failed:
         raise ConfigError(f"cannot write {target}: {failed.strerror}") from None
     terminal.note(f"wrote {target}")
-    terminal.note("next: hsm-token doctor --offline" + (f" --config {config_file}" if config_file else ""))
+    terminal.note(f"next: hsm-token doctor --offline --config {shlex.quote(str(target))}")
 
 
 def _asked(given: dict[str, str | None]) -> dict[str, str | None]:
     """Ask for what is missing, in an order in which each answer helps with the next."""
     answers = dict(given)
-    answers["preset"] = given["preset"] or terminal.choose("service", [*PRESETS, "other"])
-    if answers["preset"] == "other":
+    if not answers["preset"]:
+        answers["preset"] = terminal.choose("service", [*PRESETS, OTHER])
+    if answers["preset"] == OTHER:
         answers["preset"] = None
     if "token-endpoint" not in PRESETS.get(answers["preset"] or "", {}):
         answers["token_endpoint"] = given["token_endpoint"] or terminal.ask("token endpoint (URL)")
+        answers["scope"] = given["scope"] or terminal.ask("scope, if any", "")
     answers["client_id"] = given["client_id"] or terminal.ask("client id")
     answers["module"] = module = given["module"] or ask_module()
     answers["token"] = given["token"] or ask_token(module)
     answers["key"] = given["key"] or terminal.ask("label of the key, there or to be made", "das-key")
     answers["pin_source"] = given["pin_source"] or terminal.ask("where the PIN comes from", "prompt")
+    check(answers)
     return answers
 
 
@@ -118,11 +119,9 @@ def ask_module() -> str:
     from hsm_signer.hsm.known import known_modules
 
     found = [str(each) for each in known_modules()]
-    return (
-        terminal.choose("PKCS#11 module", found, or_other=True)
-        if found
-        else terminal.ask("path of the PKCS#11 module")
-    )
+    if not found:
+        return terminal.ask("path of the PKCS#11 module")
+    return terminal.choose("PKCS#11 module", found, or_other=True)
 
 
 def ask_token(module: str) -> str:

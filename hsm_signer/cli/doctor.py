@@ -23,7 +23,7 @@ app = typer.Typer()
 
 
 @app.command()
-@options.configured(*options.KEY, *options.OAUTH, lazily=True)
+@options.configured(*options.KEY, *options.OAUTH, how=options.lazily)
 def doctor(
     settings: Callable[[], Settings],
     offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the network.")] = False,

@@ -48,7 +48,6 @@ def statuses() -> Iterator[None]:
     try:
         with interruptible(INTERRUPTED):
             yield
-            sys.stdout.flush()
     except errors.HsmSignerError as error:
         _explain(str(error), error.hint, getattr(error, "candidates", ()) or getattr(error, "attempts", ()))
         sys.exit(status_of(error))

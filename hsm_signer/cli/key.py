@@ -9,6 +9,7 @@ from hsm_signer import assembly, validity
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, KeyExportableError
+from hsm_signer.hsm.uri import key_uri
 from hsm_signer.jose import jwk_set
 
 if TYPE_CHECKING:
@@ -45,12 +46,15 @@ def generate(
     """
     if label is None:
         settings.require("key")
-    identifier = None if key_id is None else _hex(key_id)
+    wanted = key_uri(label or str(settings.key))
+    if not wanted.object:
+        raise ConfigError("a new key needs a label", hint="name it: hsm-token key generate das-2026")
+    identifier = wanted.id if key_id is None else _hex(key_id)
     with (
         assembly.open_token(settings, options.login(retry_pin)) as token,
         terminal.working("generating a key"),
     ):
-        made = token.generate_key(label or str(settings.key), id=identifier)
+        made = token.generate_key(wanted.object, id=identifier)
     terminal.json_result(made) if as_json else terminal.result(str(made.thumbprint))
 
 

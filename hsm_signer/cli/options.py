@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +13,7 @@ from hsm_signer import config
 from hsm_signer.assembly import Login
 from hsm_signer.cli import terminal
 from hsm_signer.cli.exits import say
-from hsm_signer.config import SETTINGS
+from hsm_signer.config import SETTINGS, Settings
 from hsm_signer.text import printable
 
 TOKEN = ("module", "token", "pin_source")
@@ -27,12 +27,18 @@ RetryPin = Annotated[
 ]
 
 Command = Callable[..., None]
+Options = Mapping[str, object]
 
 
-def configured(*names: str, lazily: bool = False) -> Callable[[Command], Command]:
+def lazily(options: Options) -> Callable[[], Settings]:
+    """For a command that wants to look at what is wrong with the settings itself."""
+    return functools.partial(config.load, options)
+
+
+def configured(*names: str, how: Callable[[Options], object] = config.load) -> Callable[[Command], Command]:
     """Give a command the named settings as options; it gets one ``settings`` in their place.
 
-    ``lazily``: a callable that loads them.
+    ``how`` makes them from the options: :func:`lazily`, or ``dict`` where no configuration file is read.
     """
 
     def decorate(command: Command) -> Command:
@@ -51,8 +57,7 @@ def configured(*names: str, lazily: bool = False) -> Callable[[Command], Command
         def run(*, verbose: int, quiet: bool, **given: Any) -> None:  # noqa: ANN401  # typer fills them in
             options = {each.name: given.pop(each.name) for each in shared}
             _log(verbose, quiet)
-            load = functools.partial(config.load, options)
-            command(settings=load if lazily else load(), **given)
+            command(settings=how(options), **given)
 
         parameters = [*own, *shared, _VERBOSE, _QUIET]
         keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]

@@ -86,10 +86,10 @@ def choose(question: str, choices: Sequence[str], *, or_other: bool = False) -> 
 
 
 def ask_secret(question: str) -> str:
-    """Ask without echo, on the terminal itself."""
+    """Ask without echo, on the terminal itself; the question is shown as it is."""
     from getpass import getpass
 
-    return getpass(f"{printable(question)}: ", stream=sys.stderr)
+    return getpass(question, stream=sys.stderr)
 
 
 def somebody_there() -> bool:

@@ -1,0 +1,337 @@
+"""Whole commands, as processes: the main job, its streams and exit statuses, and what bad input gets."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from base64 import urlsafe_b64decode
+
+import office as offices
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from office import CLIENT_ID, SCOPE
+
+
+def unpack(part: str):
+    return json.loads(urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+
+
+@pytest.fixture
+def scratch(office, tmp_path):
+    """The office's token and server, with a configuration, cache and state of the test's own."""
+    return offices.found(tmp_path, office.token, **{"token-endpoint": office.profile["token-endpoint"]})
+
+
+def test_fetch_prints_an_access_token_and_nothing_else(office):
+    done = office.run("fetch", "--no-cache")
+    header, claims, _ = done.stdout.rstrip("\n").split(".")
+    assert (done.status, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    assert unpack(header)["alg"] == "RS256"
+    assert unpack(claims)["aud"] == CLIENT_ID
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("token", "{token}\n"),
+        ("header", "Authorization: Bearer {token}\n"),
+        ("env", "export ACCESS_TOKEN={token}\n"),
+        ("curl", 'header = "Authorization: Bearer {token}"\n'),
+    ],
+)
+def test_fetch_prints_the_cached_token_in_each_format(scratch, form, expected):
+    token = scratch.run("fetch").stdout.rstrip("\n")
+    assert scratch.run("fetch", "--format", form).stdout == expected.format(token=token)
+
+
+def test_fetch_as_json_tells_when_the_token_expires(scratch):
+    answer = scratch.run("fetch", "--format", "json").json
+    claims = unpack(answer["access_token"].split(".")[1])
+    assert answer == {
+        "access_token": answer["access_token"],
+        "token_type": "Bearer",
+        "expires_at": pytest.approx(claims["exp"], abs=5),
+        "scope": SCOPE,
+    }
+
+
+def test_fetch_takes_the_cached_token_unless_told_otherwise(scratch):
+    first = scratch.run("fetch").stdout
+    assert scratch.run("fetch").stdout == first
+    assert scratch.run("fetch", "--no-cache").stdout != first
+    forced = scratch.run("fetch", "--force").stdout
+    assert forced != first
+    assert scratch.run("fetch").stdout == forced
+    assert scratch.run("fetch", "--min-validity", "3700").stdout != forced
+
+
+def test_a_cached_token_needs_neither_pin_nor_module_nor_server(scratch):
+    token = scratch.run("fetch").stdout
+    (scratch.home / "pin").unlink()
+    assert scratch.run("fetch", environment={"SOFTHSM2_CONF": "/nonexistent"}).stdout == token
+
+
+def test_assertion_is_signed_by_the_key_and_names_the_endpoint(office):
+    text = office.run("assertion", "--lifetime", "120").stdout.rstrip("\n")
+    header, claims, signature = text.split(".")
+    assert unpack(header) == {"alg": "ES256", "typ": "JWT"}
+    found = unpack(claims)
+    assert list(found) == ["iss", "sub", "aud", "exp"]
+    assert (found["iss"], found["sub"], found["aud"]) == (
+        CLIENT_ID,
+        CLIENT_ID,
+        office.profile["token-endpoint"],
+    )
+    assert found["exp"] == pytest.approx(time.time() + 120, abs=30)
+    raw = urlsafe_b64decode(signature + "==")
+    certificate = x509.load_pem_x509_certificate((office.home / "es256_cert.pem").read_bytes())
+    der = utils.encode_dss_signature(int.from_bytes(raw[:32]), int.from_bytes(raw[32:]))
+    certificate.public_key().verify(der, f"{header}.{claims}".encode(), ec.ECDSA(hashes.SHA256()))
+
+
+def test_assertion_and_exchange_together_do_what_fetch_does(office):
+    assertion = office.run("assertion").stdout
+    done = office.run(
+        "exchange", "--format", "header", stdin=assertion, environment={"SOFTHSM2_CONF": "/nonexistent"}
+    )
+    assert (done.status, done.stdout[:22]) == (0, "Authorization: Bearer ")
+
+
+def test_exchange_refuses_an_assertion_for_somebody_else(office):
+    assertion = office.run("assertion", "--client-id", "somebody").stdout
+    done = office.run("exchange", stdin=assertion)
+    assert (done.status, done.stdout) == (2, "")
+    assert "somebody" in done.stderr
+
+
+def test_keys_are_made_listed_proved_exported_and_deleted(scratch):
+    thumbprint = scratch.run("key", "generate", "second").stdout.rstrip("\n")
+    assert len(thumbprint) == 43
+    listed = scratch.run("key", "list", "--json").json
+    assert thumbprint in [each["thumbprint"] for each in listed if each["label"] == "second"]
+    proof = scratch.run("key", "prove", "--key", "second", "--json").json
+    assert proof["ok"] is True
+    exported = {
+        form: scratch.run("key", "export", "--key", "second", "--format", form).stdout
+        for form in ("pem", "jwk", "jwks", "thumbprint")
+    }
+    assert exported["thumbprint"] == f"{thumbprint}\n"
+    assert json.loads(exported["jwks"])["keys"][0]["kid"] == thumbprint
+    assert exported["pem"].startswith("-----BEGIN PUBLIC KEY-----\n")
+    assert scratch.run("key", "delete", "--key", "second").status == 2
+    assert scratch.run("key", "delete", "--key", "second", "--thumbprint", "A" * 43).status == 5
+    assert scratch.run("key", "delete", "--key", "second", "--thumbprint", thumbprint).status == 0
+    assert scratch.run("key", "prove", "--key", "second").status == 5
+
+
+def test_slots_lists_tokens_without_a_pin(office):
+    found = office.run("slots", "--json", environment={"HSM_TOKEN_PIN_SOURCE": "file:/nonexistent"})
+    labels = [each["token"]["label"] for each in found.json if each["token"]]
+    assert (found.status, office.token.label in labels) == (0, True)
+
+
+def test_config_show_tells_values_and_where_they_came_from(office):
+    shown = office.run(
+        "config", "show", "--json", "--lifetime", "9", environment={"HSM_TOKEN_SCOPE": "x"}
+    ).json
+    found = {name: (each["value"], each["from"]) for name, each in shown["settings"].items()}
+    assert found["lifetime"] == (9, "option")
+    assert found["scope"] == ("x", "environment")
+    assert found["client-id"] == (CLIENT_ID, "profile")
+    assert found["deadline"] == (60.0, "default")
+
+
+def test_config_init_writes_a_private_file_that_works(office, tmp_path):
+    target = tmp_path / "new" / "config.toml"
+    options = [
+        f"--{name}={office.profile[name]}"
+        for name in ("client-id", "token-endpoint", "scope", "module", "token", "key")
+    ]
+    done = office.run("config", "init", "--config", str(target), "--profile", "new", *options)
+    assert (done.status, target.stat().st_mode & 0o777) == (0, 0o600)
+    source = {"HSM_TOKEN_PIN_SOURCE": f"file:{office.home}/pin"}
+    done = office.run("fetch", "--no-cache", "--config", str(target), environment=source)
+    assert (done.status, done.stderr) == (0, "")
+    again = office.run("config", "init", "--config", str(target), *options)
+    assert (again.status, again.lines[0].endswith("nothing is overwritten")) == (2, True)
+
+
+def test_cache_is_listed_without_tokens_and_cleared(scratch):
+    token = scratch.run("fetch").stdout.strip()
+    listed = scratch.run("cache", "list", "--json")
+    assert [each["client_id"] for each in listed.json] == [CLIENT_ID]
+    assert token not in listed.stdout
+    assert scratch.run("cache", "clear").status == 0
+    assert scratch.run("cache", "list", "--json").json == []
+
+
+def a_text(path):
+    path.write_text("no shared object")
+    return str(path)
+
+
+BAD_INPUT = {
+    "no module": ({"module": "/nonexistent/module.so"}, 3, "/nonexistent/module.so"),
+    "a file that is no module": ({"module": a_text}, 3, "module"),
+    "no such token": ({"token": "pkcs11:token=nobody"}, 3, "nobody"),
+    "several tokens": ({"token": "pkcs11:manufacturer=SoftHSM%20project"}, 3, "tokens"),
+    "no such key": ({"key": "nothing"}, 5, "nothing"),
+    "another key than the pinned one": ({"key-thumbprint": "A" * 43}, 5, "A" * 43),
+    "an endpoint that is not https": ({"token-endpoint": "http://login.example/token"}, 2, "https"),
+    "a server that is not there": (
+        {"token-endpoint": "http://127.0.0.1:1/token", "deadline": 1},
+        7,
+        "127.0.0.1:1",
+    ),
+    "a server that refuses": ({"client-id": "nobody"}, 6, "invalid_client"),
+    "a scope that is not granted": ({"scope": "everything"}, 6, "invalid_scope"),
+    "a PIN source that is none": ({"pin-source": "magic:"}, 2, "PIN source"),
+    "a PIN file that is missing": ({"pin-source": "file:/nonexistent"}, 2, "/nonexistent"),
+    "no terminal to ask at": ({"pin-source": "prompt"}, 2, "terminal"),
+    "an unknown claims set": ({"claims": "all"}, 2, "claims"),
+    "a lifetime that no server takes": ({"lifetime": 5000}, 2, "lifetime"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_gets_one_error_line_and_its_exit_status(scratch, new_token, tmp_path, name):
+    settings, status, named = BAD_INPUT[name]
+    settings = {
+        key: value(tmp_path / "module.so") if callable(value) else value for key, value in settings.items()
+    }
+    if name == "several tokens":
+        new_token()
+    done = scratch.configure(**settings).run("fetch")
+    assert (done.status, done.stdout) == (status, ""), done.stderr
+    errors = [line for line in done.lines if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert named in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_pin_is_one_try_and_then_none(new_token, tmp_path):
+    wrong = offices.found(tmp_path, new_token(), **{"token-endpoint": "http://127.0.0.1:1/token"})
+    (tmp_path / "pin").write_text("00000000")
+    first, second = wrong.run("key", "list"), wrong.run("key", "list")
+    assert (first.status, second.status) == (4, 4)
+    assert "CKR_PIN_INCORRECT" in first.stderr
+    assert "--retry-pin" in second.stderr
+    (tmp_path / "pin").write_text(wrong.token.pin)
+    assert wrong.run("key", "list", "--retry-pin").status == 0
+    assert wrong.run("key", "list").status == 0
+
+
+def test_two_keys_with_one_label_are_listed_and_none_is_taken(new_token, tmp_path):
+    two = offices.found(tmp_path, new_token(), **{"token-endpoint": "http://127.0.0.1:1/token"})
+    for identifier in ("01", "02"):
+        two.token.pkcs11_tool(
+            "--keypairgen", "--key-type", "EC:prime256v1", "--label", "das", "--id", identifier
+        )
+    done = two.run("assertion")
+    assert (done.status, done.stdout) == (5, "")
+    assert "id=%01" in done.stderr
+    assert "id=%02" in done.stderr
+
+
+def test_audience_of_another_server_from_another_layer_is_refused_before_anything_is_asked(scratch):
+    (scratch.home / "pin").unlink()
+    for environment, options in (
+        ({"HSM_TOKEN_AUDIENCE": "https://elsewhere.example/token"}, ()),
+        ({}, ("--audience", "https://elsewhere.example/token")),
+    ):
+        for command in ("fetch", "assertion"):
+            done = scratch.run(command, *options, environment=environment)
+            assert (done.status, done.stdout) == (2, "")
+            assert "elsewhere.example" in done.lines[0]
+
+
+def test_wrong_usage_is_one_error_line_and_a_hint(office):
+    done = office.run("fetch", "--pin", "1234")
+    assert (done.status, done.stdout) == (2, "")
+    assert [line[:27] for line in done.lines] == [
+        "error: No such option: --pin"[:27],
+        "hint: hsm-token fetch --help"[:27],
+    ]
+    assert "1234" not in done.stderr
+
+
+def test_a_hostile_file_in_the_working_directory_does_nothing(office, tmp_path):
+    canary = tmp_path / "canary"
+    hostile = f'[profiles.default]\npin-source = "command:touch {canary}"\nmodule = "{tmp_path}/evil.so"\n'
+    for name in ("hsm-token.toml", "config.toml", "pyproject.toml"):
+        (tmp_path / name).write_text(hostile)
+    environment = {name: value for name, value in office.environment.items() if name != "HSM_TOKEN_CONFIG"}
+    done = subprocess.run(
+        office.command("fetch"), env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "no client-id given" in done.stderr or "no token-endpoint given" in done.stderr
+    assert not canary.exists()
+
+
+def test_ctrl_c_ends_with_130_and_no_words(office, tmp_path):
+    fifo = tmp_path / "started"
+    waiting = office.command(
+        "fetch", "--no-cache", "--pin-source", f"command:sh -c 'touch {fifo}; exec sleep 60'"
+    )
+    environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
+    process = subprocess.Popen(
+        waiting, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not fifo.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stdout) == (130, "")
+    assert "Traceback" not in stderr
+
+
+def test_a_closed_pipe_is_quiet(office):
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
+    command = office.command("config", "show")
+    done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 141
+    assert "Broken" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verbose_shows_steps_and_no_secret(scratch):
+    done = scratch.run("fetch", "-vv")
+    token = done.stdout.strip()
+    assert "logged in" in done.stderr
+    assert token not in done.stderr
+    assert token.split(".")[2] not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["", "fetch", "key", "key generate", "cert self-signed", "config init", "rehearse"]
+)
+def test_help_is_there_and_shows_no_default_secret(office, command):
+    done = office.run(*command.split(), "--help")
+    assert done.status == 0
+    assert done.stdout.startswith(f"Usage: hsm-token {command}".rstrip())
+
+
+def test_every_command_has_an_example_in_its_help():
+    from typer.main import get_command
+
+    from hsm_signer.cli import application
+
+    def leaves(command, name=""):
+        below = getattr(command, "commands", None)
+        if below is None:
+            yield name, command
+        else:
+            for word, each in below.items():
+                yield from leaves(each, f"{name} {word}")
+
+    found = dict(leaves(get_command(application()), "hsm-token"))
+    assert len(found) > 10
+    assert [name for name, each in found.items() if f"Example: {name}" not in (each.help or "")] == []
