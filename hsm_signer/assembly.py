@@ -1,9 +1,10 @@
 """From settings to parts: the token, its signer, the assertion and the client that a profile describes."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,14 @@ from hsm_signer import paths, validity
 from hsm_signer.assertion import ClientAssertion
 from hsm_signer.config import Settings, default_pin_source, prepared_module, proxy_for, variable
 from hsm_signer.errors import ConfigError
+from hsm_signer.jose import Signer
 from hsm_signer.oauth.cache import TokenCache
 from hsm_signer.oauth.client import TokenClient
 from hsm_signer.oauth.transport import Transport
 
 if TYPE_CHECKING:
+    from hsm_signer.audit import Event
+    from hsm_signer.hsm.module import TokenInfo
     from hsm_signer.hsm.signer import HsmSigner
     from hsm_signer.hsm.token import Token
     from hsm_signer.oauth.metadata import ServerMetadata
@@ -70,10 +74,56 @@ def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
         yield signer
 
 
+@dataclass(frozen=True)
+class RecordedAssertion(ClientAssertion):
+    """Leaves a line in the audit log each time that it is signed, before anybody gets it."""
+
+    settings: Settings = field(kw_only=True, repr=False, compare=False)
+
+    def issue(self, signer: Signer, *, now: int | None = None, jti: str | None = None) -> str:
+        """As in the base class."""
+        jti = secrets.token_urlsafe(16) if jti is None else jti
+        assertion = super().issue(signer, now=now, jti=jti)
+        from hsm_signer.hsm.signer import HsmSigner
+
+        record(
+            self.settings,
+            "assertion signed",
+            signer.token_info if isinstance(signer, HsmSigner) else None,
+            thumbprint=signer.kid,
+            aud=self.audience,
+            jti=jti if self.claims == "oidc" else None,
+        )
+        return assertion
+
+
+def record(
+    settings: Settings,
+    event: "Event",
+    token: "TokenInfo | None",
+    *,
+    thumbprint: str | None,
+    aud: str | None = None,
+    jti: str | None = None,
+) -> None:
+    """Add a line to the audit log of the configured state directory."""
+    from hsm_signer.audit import AuditLog
+
+    AuditLog(state_directory(settings)).append(
+        event,
+        serial=token.serial if token else None,
+        label=token.label if token else None,
+        thumbprint=thumbprint,
+        client_id=settings.client_id,
+        aud=aud,
+        jti=jti,
+    )
+
+
 def client_assertion(settings: Settings, endpoint: str) -> ClientAssertion:
     """The assertion of the configured client for a token endpoint."""
     settings.require("client_id")
-    return ClientAssertion(
+    return RecordedAssertion(
         str(settings.client_id),
         settings.audience_for(endpoint),
         lifetime=settings.lifetime,
@@ -81,6 +131,7 @@ def client_assertion(settings: Settings, endpoint: str) -> ClientAssertion:
         typ=settings.typ,
         kid=settings.kid,
         clock_offset=settings.clock_offset,
+        settings=settings,
     )
 
 

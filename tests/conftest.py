@@ -17,6 +17,7 @@ import trustme
 from endpoint import Endpoint, Reply
 from faults import FaultyModule, compile_module
 from hypothesis import HealthCheck, settings
+from installation import CLIENT, Installation, install
 
 # Two cores that other tests share say nothing about the time that one example takes
 settings.register_profile("suite", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -153,6 +154,33 @@ def server_tls(ca: trustme.CA) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ca.issue_cert("localhost", "127.0.0.1").configure_cert(context)
     return context
+
+
+@pytest.fixture(scope="session")
+def tls_files(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("tls")
+    certificate = ca.issue_cert("localhost", "127.0.0.1")
+    chain, key = directory / "chain.pem", directory / "key.pem"
+    certificate.cert_chain_pems[0].write_to_path(chain)
+    certificate.private_key_pem.write_to_path(key)
+    return chain, key
+
+
+@pytest.fixture(scope="session")
+def office(
+    tls_files: tuple[Path, Path],
+    new_token: Callable[..., SoftToken],
+    ca_bundle: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Installation]:
+    """An office that works, beside its authorization server."""
+    from hsm_signer.rehearsal import RehearsalServer
+
+    made = install(tmp_path_factory.mktemp("office"), new_token(), ca_bundle)
+    with RehearsalServer({CLIENT: made.home / "es256_cert.pem"}, tls=tls_files) as server:
+        made.settings |= {"token-endpoint": server.token_endpoint, "issuer": server.issuer}
+        made.write()
+        yield made
 
 
 @pytest.fixture

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conftest import SoftToken
 
 CLIENT = "das-api-auth"
 COMMAND = [sys.executable, "-m", "hsm_signer.cli"]
@@ -22,6 +26,7 @@ class Installation:
     """Settings of a profile, as TOML values by their names in it, and the directory that it all lies in."""
 
     home: Path
+    token: "SoftToken"
     settings: dict[str, object]
     variables: dict[str, str] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
@@ -36,7 +41,7 @@ class Installation:
 
     def copy(self, home: Path) -> "Installation":
         """Another one on the same token, to break."""
-        other = Installation(home, dict(self.settings), dict(self.variables), list(self.options))
+        other = Installation(home, self.token, dict(self.settings), dict(self.variables), list(self.options))
         for name in ("pin", "es256_cert.pem"):
             (home / name).write_bytes((self.home / name).read_bytes())
             (home / name).chmod(0o600)
@@ -66,12 +71,13 @@ def _toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def install(home: Path, token, ca_bundle: str, key: str = "das-2026") -> Installation:
+def install(home: Path, token: "SoftToken", ca_bundle: str, key: str = "das-2026") -> Installation:
     """From an empty token to a key and its certificate; the server is not known yet."""
     (home / "pin").write_text(token.pin)
     (home / "pin").chmod(0o600)
     made = Installation(
         home,
+        token,
         {
             "client-id": CLIENT,
             "module": token.module,

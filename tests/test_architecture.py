@@ -37,7 +37,7 @@ FLOORS = [
     {"url", "jose", "files", "distinguished_name"},
     {"ecdsa", "locks"},
     {"verification", "assertion", "paths", "profile_file"},
-    {"x509", "pin_guard"},
+    {"x509", "pin_guard", "audit"},
     {"pin"},
     {"hsm", "oauth"},
     {"config"},

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from base64 import urlsafe_b64decode
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,7 @@ def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_eight_processes_at_once_lose_no_line(tmp_path):
     program = """
 import sys
+from base64 import urlsafe_b64decode
 from pathlib import Path
 from hsm_signer.audit import AuditLog
 for number in range(25):
@@ -266,6 +268,7 @@ for number in range(25):
 def test_an_append_loads_no_heavy_module(tmp_path):
     program = """
 import sys
+from base64 import urlsafe_b64decode
 from pathlib import Path
 from hsm_signer.audit import AuditLog
 AuditLog(Path(sys.argv[1])).append("assertion signed")
@@ -278,3 +281,59 @@ print(sorted(heavy & set(sys.modules)))
 def test_no_parameter_takes_a_secret():
     names = set(AuditLog.append.__annotations__) - {"return"}
     assert names == {"event", "serial", "label", "thumbprint", "client_id", "aud", "jti"}
+
+
+def test_the_command_records_keys_and_assertions_and_none_of_their_secrets(office):
+    before = json.loads(office.run("audit", "head", "--json").stdout)["count"]
+    assertion = office.run("assertion", "--claims", "oidc").stdout.strip()
+    claims = json.loads(urlsafe_b64decode(assertion.split(".")[1] + "=="))
+    made = office.run("key", "generate", "short-lived")
+    office.run("key", "delete", "--key", "short-lived", "--thumbprint", made.stdout.strip())
+    state = office.home / "state" / "hsm-token"
+    records = [json.loads(line) for line in lines(AuditLog(state))][before:]
+    assert [each["event"] for each in records] == ["assertion signed", "key generated", "key deleted"]
+    signed = records[0]
+    assert signed["jti"] == claims["jti"]
+    assert signed["aud"] == claims["aud"] == office.settings["token-endpoint"]
+    assert signed["key"] == office.settings["key-thumbprint"]
+    assert signed["client_id"] == claims["iss"]
+    assert {each["label"] for each in records} == {office.token.label}
+    assert len({each["serial"] for each in records}) == 1
+    text = (state / "audit.jsonl").read_text()
+    assert office.token.pin not in text
+    assert assertion.rpartition(".")[2] not in text
+
+
+def test_a_fetch_whose_log_cannot_be_written_warns_and_still_fetches(office, tmp_path):
+    broken = office.copy(tmp_path)
+    broken.settings |= {"state-dir": "state"}
+    broken.write()
+    assert broken.run("fetch", "--no-cache").returncode == 0
+    (tmp_path / "state" / "audit.jsonl").chmod(0o666)
+    done = broken.run("fetch", "--no-cache")
+    assert done.returncode == 0
+    assert done.stdout.count(".") == 2
+    assert "hsm-token: warning: 'assertion signed' is not in the audit log" in done.stderr
+
+
+def test_verify_and_head_on_the_command_line(office, tmp_path):
+    copy = office.copy(tmp_path)
+    copy.settings |= {"state-dir": "state"}
+    copy.write()
+    for _ in range(3):
+        copy.run("assertion")
+    count, head = copy.run("audit", "head").stdout.split()
+    assert count == "3"
+    done = copy.run("audit", "verify", "--head", head)
+    assert (done.returncode, done.stdout.split()) == (0, ["3", head])
+    log = AuditLog(tmp_path / "state")
+    write(log, *lines(log)[:2])
+    assert copy.run("audit", "verify").returncode == 0
+    done = copy.run("audit", "verify", "--head", head, "--json")
+    assert done.returncode == 8
+    assert "not on the chain" in json.loads(done.stdout)["findings"][0]
+    write(log, lines(log)[1])
+    done = copy.run("audit", "verify")
+    assert done.returncode == 8
+    assert "hsm-token: error: audit log" in done.stderr
+    assert "changed, removed or inserted" in done.stderr

@@ -1,43 +1,10 @@
 """The doctor in a real installation, whole and broken."""
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import pytest
-import trustme
-from conftest import SoftToken
-from installation import CLIENT, Installation, install
 
 from hsm_signer.doctor import LADDER
-from hsm_signer.rehearsal import RehearsalServer
 
 CHECKS = [name for name, _ in LADDER]
-
-
-@pytest.fixture(scope="session")
-def tls_files(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    directory = tmp_path_factory.mktemp("tls")
-    certificate = ca.issue_cert("localhost", "127.0.0.1")
-    chain, key = directory / "chain.pem", directory / "key.pem"
-    certificate.cert_chain_pems[0].write_to_path(chain)
-    certificate.private_key_pem.write_to_path(key)
-    return chain, key
-
-
-@pytest.fixture(scope="session")
-def office(
-    tls_files: tuple[Path, Path],
-    new_token: Callable[..., SoftToken],
-    ca_bundle: str,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Installation]:
-    """An office that works, beside its authorization server."""
-    made = install(tmp_path_factory.mktemp("office"), new_token(), ca_bundle)
-    with RehearsalServer({CLIENT: made.home / "es256_cert.pem"}, tls=tls_files) as server:
-        made.settings |= {"token-endpoint": server.token_endpoint, "issuer": server.issuer}
-        made.write()
-        yield made
 
 
 def findings(text: str) -> dict[str, dict[str, str]]:

@@ -55,6 +55,7 @@ def generate(
         terminal.working("generating a key"),
     ):
         made = token.generate_key(wanted.object, id=identifier)
+        assembly.record(settings, "key generated", token.info, thumbprint=made.thumbprint)
     terminal.json_result(made) if as_json else terminal.result(str(made.thumbprint))
 
 
@@ -159,6 +160,7 @@ def delete(
             terminal.note(f"{settings.key} on {token.info.label} will be destroyed for ever")
             thumbprint = terminal.ask("type its thumbprint")
         token.delete_key(str(settings.key), thumbprint=thumbprint)
+        assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
     terminal.note(f"deleted {settings.key}")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from hsm_signer import ecdsa
 from hsm_signer.errors import KeyMismatchError
 from hsm_signer.hsm import keys, objects
+from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.sessions import Lane, Sessions
 from hsm_signer.hsm.uri import Uri
 from hsm_signer.jose import thumbprint
@@ -29,6 +30,11 @@ class HsmSigner:
 
     def __repr__(self) -> str:
         return f"HsmSigner({str(self._uri)!r})"
+
+    @property
+    def token_info(self) -> TokenInfo:
+        """Of the token that the key is in."""
+        return self._sessions.login.info
 
     def sign(self, data: bytes) -> bytes:
         """ECDSA with SHA-256 over ``data``: r‖s, 64 bytes (RFC 7518 §3.4), verified before it is returned.
