@@ -337,3 +337,19 @@ def test_verify_and_head_on_the_command_line(office, tmp_path):
     assert done.returncode == 8
     assert "hsm-token: error: audit log" in done.stderr
     assert "changed, removed or inserted" in done.stderr
+
+
+def test_certificates_and_requests_are_recorded_too(office, tmp_path):
+    copy = office.copy(tmp_path)
+    copy.settings |= {"state-dir": "state"}
+    copy.write()
+    copy.run("cert", "self-signed")
+    copy.run("cert", "request")
+    copy.run("enroll", "--out", "folder")
+    records = [json.loads(line) for line in lines(AuditLog(tmp_path / "state"))]
+    assert [each["event"] for each in records] == [
+        "certificate made",
+        "certificate request made",
+        "certificate made",
+    ]
+    assert {each["key"] for each in records} == {office.settings["key-thumbprint"]}

@@ -49,6 +49,7 @@ def self_signed(
         signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
         not_before = int(time.time()) - validity.BACKDATED
         der = x509.self_signed(signer, common_name=name, subject=subject, not_before=not_before, days=days)
+        assembly.record(settings, "certificate made", token.info, thumbprint=signer.kid)
         if store:
             token.store_certificate(str(settings.key), der)
     write(out, pem("CERTIFICATE", der))
@@ -73,6 +74,7 @@ def request(
     name = common_name_of(settings, common_name, subject)
     with assembly.open_signer(settings, options.login(retry_pin)) as signer:
         der = x509.request(signer, common_name=name, subject=subject)
+        assembly.record(settings, "certificate request made", signer.token_info, thumbprint=signer.kid)
     write(out, pem("CERTIFICATE REQUEST", der))
 
 

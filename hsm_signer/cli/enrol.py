@@ -81,6 +81,10 @@ def make(
             now=int(time.time()),
             thumbprint=pinned,
         )
+    thumbprint = made.certificate.thumbprint
+    if generated:
+        assembly.record(settings, "key generated", token.info, thumbprint=thumbprint)
+    assembly.record(settings, "certificate made", token.info, thumbprint=thumbprint)
     if store:
         token.store_certificate(key, made.certificate.der)
     enrolment.write(made, folder)

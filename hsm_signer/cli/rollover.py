@@ -169,9 +169,11 @@ def retire(
             info = rollover.retire(
                 token, thumbprint, path, profile, state_directory=assembly.state_directory(settings)
             )
-        except ProfileNotChangedError as failed:
+        except ProfileNotChangedError as failed:  # only after the key is gone
+            assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
             enrol.show_lines(failed)
             return
+        assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
     terminal.note(f"destroyed {info.label} ({thumbprint})")
 
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import platform
 import ssl
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 from hsm_signer import __version__
@@ -90,6 +91,10 @@ def _finding(name: str, check: Check, x: Examination) -> Finding:
         return Finding(Verdict.NOT_CHECKED, str(why), why.remedy, check=name)
     except HsmSignerError as error:
         return _failure(name, error)
+    except Exception as unexpected:  # noqa: BLE001  # the other checks go on; no text, it could hold a secret
+        _log.debug("%s", "".join(traceback.format_tb(unexpected.__traceback__)))
+        what = f"unexpected {type(unexpected).__name__}"
+        return _failure(name, HsmSignerError(what, hint="this is a bug: please report what -vv shows"))
     return Finding(done.verdict, done.evidence, done.remedy, done.facts, check=name)
 
 

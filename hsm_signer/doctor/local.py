@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from hsm_signer import assembly, files
+from hsm_signer import assembly, files, validity
 from hsm_signer.config import prepared_module
 from hsm_signer.doctor.examination import Examination, known
 from hsm_signer.doctor.finding import NotCheckedError, Outcome, ok, warning
@@ -25,7 +25,6 @@ from hsm_signer.errors import (
 )
 from hsm_signer.url import parse as parse_url
 
-MIN_DAYS = 30  # that a certificate should have left: registering the next one takes people some time
 _UNPINNED_SERIAL = frozenset("0 ")
 
 
@@ -253,15 +252,10 @@ def signature(x: Examination) -> Outcome:
 
 def certificate(x: Examination) -> Outcome:
     """The registered certificate is of this key, in date, and the one that was enrolled."""
-    from hsm_signer import x509
-
     if not x.settings.certificate:
         raise NotCheckedError("no certificate is named", 'certificate = "…/es256_cert.pem" in the profile')
     path = Path(x.settings.certificate)
-    try:
-        found = x509.read_certificate(files.read_bytes(path.resolve(), max_size=x509.MAX_BYTES, forbidden=0))
-    except OSError as unreadable:
-        raise ConfigError(f"certificate {path}: {unreadable.strerror}") from None
+    found = validity.read_file(path)
     thumbprint = x.signer.kid if x.signer else x.settings.key_thumbprint
     if thumbprint and not found.holds(thumbprint):
         raise KeyMismatchError(
@@ -271,7 +265,7 @@ def certificate(x: Examination) -> Outcome:
     now = int(x.clock())
     days = found.days_left(now)
     if now >= found.not_after.timestamp():
-        raise VerificationError(f"{path} ended {found.not_after:%Y-%m-%d}", hint="hsm-token rollover")
+        raise VerificationError(f"{path} ended {found.not_after:%Y-%m-%d}", hint="hsm-token rollover prepare")
     if now < found.not_before.timestamp():
         raise VerificationError(
             f"{path} starts {found.not_before:%Y-%m-%d %H:%M} UTC only", hint="see the clock"
@@ -279,11 +273,10 @@ def certificate(x: Examination) -> Outcome:
     _compare_receipt(path, found.fingerprint)
     whose = "of the key" if thumbprint else "not compared with the key"
     evidence = f"{path}: {found.subject}, {whose}, {days} days left"
-    if days < MIN_DAYS:
-        return warning(
-            evidence, "register the next one in time: hsm-token rollover", {"certificate_days": days}
-        )
-    return ok(evidence, {"certificate_days": days})
+    facts = {"certificate_days": days}
+    if days < validity.WARN_DAYS:
+        return warning(evidence, "register the next one in time: hsm-token rollover prepare", facts)
+    return ok(evidence, facts)
 
 
 def _compare_receipt(path: Path, fingerprint: str) -> None:
@@ -292,9 +285,8 @@ def _compare_receipt(path: Path, fingerprint: str) -> None:
 
     receipt = path.resolve().parent / RECEIPT
     try:
-        enrolled = json.loads(files.read_bytes(receipt, max_size=1 << 20, forbidden=0))["certificate"][
-            "sha256"
-        ]
+        told = json.loads(files.read_bytes(receipt, max_size=1 << 20, forbidden=0))
+        enrolled = told["certificate"]["sha256"]
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError):
