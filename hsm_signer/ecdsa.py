@@ -19,6 +19,7 @@ _ORDERS = {  # of the base points of P-256, P-384 and P-521, by size in bytes: F
     48: 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973,
     66: 0x01FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFA51868783BF2F966B7FCC0148F709A5D03BB5C9B8899C47AEBB6FB71E91386409,  # noqa: E501
 }  # fmt: skip
+_ZERO, _ORDER = bytes(SIZE), _ORDERS[SIZE].to_bytes(SIZE)
 # SEQUENCE of AlgorithmIdentifier (id-ecPublicKey, secp256r1) and the head of the BIT STRING
 _SPKI_PREFIX = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
 
@@ -78,7 +79,8 @@ def raw_from_device(answer: bytes) -> bytes:
     needs some 48 zero bits in r and s, and would then fail the verification that follows.
     """
     if len(answer) == 2 * SIZE:
-        integers_from_raw(answer)
+        if not (_ZERO < answer[:SIZE] < _ORDER and _ZERO < answer[SIZE:] < _ORDER):
+            raise SignatureFormatError("r or s of the ECDSA signature is outside 1…n−1")
         return answer
     return raw_from_der(answer)
 

@@ -9,6 +9,8 @@ from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Mapping
 from typing import Protocol
 
+_compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
 
 class Signer(Protocol):
     """A private key that signs and never shows itself."""
@@ -36,8 +38,7 @@ def b64url(data: bytes) -> str:
 
 def json_b64url(value: Mapping[str, object]) -> str:
     """UTF-8 JSON without spaces, members in the order given, as base64url."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return b64url(text.encode())
+    return b64url(_compact_json(value).encode())
 
 
 def sign_compact(header: Mapping[str, object], claims: Mapping[str, object], signer: Signer) -> str:
@@ -58,5 +59,4 @@ def jwk_set(signer: Signer, certificate: bytes | None = None) -> dict[str, list[
 def thumbprint(jwk: Mapping[str, str]) -> str:
     """SHA-256 thumbprint of an EC JWK (RFC 7638 §3); further members do not count."""
     required = {name: jwk[name] for name in ("crv", "kty", "x", "y")}
-    canonical = json.dumps(required, separators=(",", ":"), ensure_ascii=False)
-    return b64url(hashlib.sha256(canonical.encode()).digest())
+    return b64url(hashlib.sha256(_compact_json(required).encode()).digest())

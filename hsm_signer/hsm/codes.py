@@ -63,7 +63,9 @@ def name_of(rv: int) -> str:
 
 
 def code_of(exc: BaseException) -> str | None:
-    """``CKR_…`` of what python-pkcs11 raised; ``None`` if no PKCS#11 function said it."""
+    """``CKR_…`` of what python-pkcs11 or we raised; ``None`` if no PKCS#11 function said it."""
+    if isinstance(exc, TokenError):
+        return exc.code
     if not isinstance(exc, PKCS11Error):
         return None
     if type(exc) is not PKCS11Error:

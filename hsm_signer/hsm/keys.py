@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from pkcs11 import _pkcs11
@@ -37,6 +38,7 @@ from hsm_signer.errors import (
 )
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.sessions import Lane
 from hsm_signer.hsm.uri import Uri
 from hsm_signer.jose import thumbprint
 
@@ -75,6 +77,7 @@ _NOT_FOR_SIGNING = frozenset(
     }
 )
 _SIGNATURE_BUFFER = 144  # bytes; a DER signature of P-521, the longest, has 139
+_ECDSA = Mechanism.ECDSA
 _CHALLENGE_PREFIX = b"hsm-signer: which key is it?\0"
 
 
@@ -106,9 +109,10 @@ class KeyInfo:
 
 
 class SigningKey(_pkcs11.PrivateKey, _pkcs11.SignMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]
-    """A private EC key that signs whatever its CKA_SIGN says, and is not asked for its type."""
+    """A private EC key that is not asked for its type, nor its caller for the type of the data: bytes."""
 
     key_type = KeyType.EC
+    sign = _pkcs11.SignMixin._sign  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,16 @@ class FoundKey:
     id: bytes
     curve: str
     point: bytes | None
+    always_authenticate: bool
     flags: dict[str, bool]
 
-    @property
+    @cached_property
+    def uri(self) -> Uri:
+        return Uri(object=self.label, id=self.id or None)
+
+    @cached_property
     def name(self) -> str:
-        return str(Uri(object=self.label, id=self.id or None))
+        return str(self.uri)
 
     def info(self, point: bytes | None, certificate: bytes | None = None) -> KeyInfo:
         proved = None if point is None else thumbprint(ecdsa.jwk_from_point(point))
@@ -174,6 +183,13 @@ def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:  # noqa: ANN401
     raise KeyNotFoundError(f"no private EC key matches {uri} {where}", candidates=others, hint=hint)
 
 
+def find_in(lane: Lane, uri: Uri) -> FoundKey:
+    """:func:`find_key`, kept for the next signature through the same session."""
+    found = find_key(lane.session, uri, lane.login)
+    lane.handles[found.name] = found
+    return found
+
+
 def _described(handle: Any) -> FoundKey:  # noqa: ANN401
     found = read(handle, _ASKED)
     curve = _curve(found.get(Attribute.EC_PARAMS))
@@ -184,6 +200,7 @@ def _described(handle: Any) -> FoundKey:  # noqa: ANN401
         id=found.get(Attribute.ID, b""),
         curve=curve,
         point=point_of_attribute(point) if point and curve in ("P-256", "unknown") else None,
+        always_authenticate=bool(found.get(Attribute.ALWAYS_AUTHENTICATE)),
         flags={name: found[one] for name, one in FLAGS.items() if found.get(one) is not None},
     )
 
@@ -253,28 +270,32 @@ def beside(key: FoundKey, object_class: ObjectClass) -> dict[Attribute, object]:
     return {Attribute.CLASS: object_class, **name}
 
 
-def sign(login: Login, key: FoundKey, mechanism: Mechanism, data: bytes) -> bytes:
-    """One ``C_Sign`` as the token answers it; ``data``: the digest or, for a hashing mechanism, all of it."""
+def sign_es256(login: Login, key: FoundKey, data: bytes) -> bytes:
+    """ECDSA with SHA-256 as the token answers it; a token without CKM_ECDSA hashes by itself."""
     answer: bytes
-    if key.flags.get("always_authenticate"):
-        with login.context_login() as pin:
-            answer = key.handle.sign(data, mechanism=mechanism, buffer_size=_SIGNATURE_BUFFER, pin=pin)
-    else:
-        answer = key.handle.sign(data, mechanism=mechanism, buffer_size=_SIGNATURE_BUFFER)
+    if login.hashes:
+        return _sign(login, key, Mechanism.ECDSA_SHA256, data)
+    try:
+        if key.always_authenticate:
+            return _sign(login, key, _ECDSA, hashlib.sha256(data).digest())
+        answer = key.handle.sign(
+            hashlib.sha256(data).digest(), mechanism=_ECDSA, buffer_size=_SIGNATURE_BUFFER
+        )
+    except MechanismInvalid:
+        offered = login.token.slot.get_mechanisms()
+        if _ECDSA in offered or Mechanism.ECDSA_SHA256 not in offered:
+            raise
+        login.hashes = True
+        return _sign(login, key, Mechanism.ECDSA_SHA256, data)
     return answer
 
 
-def sign_es256(login: Login, key: FoundKey, data: bytes) -> bytes:
-    """ECDSA with SHA-256 as the token answers it; a token without CKM_ECDSA hashes by itself."""
-    if not login.hashes:
-        try:
-            return sign(login, key, Mechanism.ECDSA, hashlib.sha256(data).digest())
-        except MechanismInvalid:
-            offered = login.token.slot.get_mechanisms()
-            if Mechanism.ECDSA in offered or Mechanism.ECDSA_SHA256 not in offered:
-                raise
-            login.hashes = True
-    return sign(login, key, Mechanism.ECDSA_SHA256, data)
+def _sign(login: Login, key: FoundKey, mechanism: Mechanism, data: bytes) -> bytes:
+    sign = partial(key.handle.sign, data, mechanism=mechanism, buffer_size=_SIGNATURE_BUFFER)
+    if not key.always_authenticate:
+        return bytes(sign())
+    with login.context_login() as pin:
+        return bytes(sign(pin=pin))
 
 
 def proved_point(login: Login, key: FoundKey, points: Iterable[bytes]) -> bytes | None:

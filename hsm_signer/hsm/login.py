@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from pkcs11.attributes import AttributeMapper, handle_bool, handle_ulong
 from pkcs11.constants import Attribute
-from pkcs11.exceptions import PKCS11Error, SessionCount
+from pkcs11.exceptions import (
+    ArgumentsBad,
+    FunctionFailed,
+    FunctionNotSupported,
+    FunctionRejected,
+    PKCS11Error,
+    SessionCount,
+    SessionReadOnly,
+)
 from pkcs11.types import PROTECTED_AUTH
 
 from hsm_signer.errors import (
@@ -77,6 +85,7 @@ class Login:
         self._pin: str | PinPad | None = None  # worked in this process
         self._anchor: Any = None  # the session that python-pkcs11 logs out when it closes it
         self._spare: list[Any] = []
+        self._writable = False  # the token has read-write sessions only
         self._foreign = False  # another part of this process logged in, and will log out
 
     def __repr__(self) -> str:
@@ -89,7 +98,7 @@ class Login:
     @property
     def stale(self) -> bool:
         """Whether a login was lost that the PIN could bring back."""
-        return self._pin is not None and not self.authenticated
+        return self._pin is not None and self._anchor is None and not self._foreign
 
     def enter(self, pin: Pin | None, info: TokenInfo, *, allow_final_try: bool) -> None:
         """Log in unless somebody has; ``info``: the token's flags as just read."""
@@ -162,7 +171,7 @@ class Login:
         try:
             return self._spare.pop()
         except IndexError:
-            return self.token.open(attribute_mapper=_MAPPER)
+            return self._open(self.token)
 
     @contextmanager
     def writable(self) -> Iterator[Any]:
@@ -211,7 +220,7 @@ class Login:
         try:
             with self._guarded(pin, text, allow_final_try=allow_final_try) as (token, attempt):
                 # proves that sessions can be opened, before a failure would count as a wrong PIN
-                self._spare.append(self._open(token))
+                self._spare.append(self._first_session(token))
                 attempt.begin()
                 self._anchor = self._open_with_pin(token, text)
                 attempt.succeeded()
@@ -251,7 +260,16 @@ class Login:
 
     def _open(self, token: Any) -> Any:  # noqa: ANN401
         try:
-            return token.open(attribute_mapper=_MAPPER)
+            return token.open(rw=self._writable, attribute_mapper=_MAPPER)
+        except (ArgumentsBad, FunctionFailed, FunctionNotSupported, FunctionRejected, SessionReadOnly):
+            # some modules have read-write sessions only
+            session = token.open(rw=True, attribute_mapper=_MAPPER)
+            self._writable = True
+            return session
+
+    def _first_session(self, token: Any) -> Any:  # noqa: ANN401
+        try:
+            return self._open(token)
         except FOREIGN as exc:
             raise failure(exc, f"no session on token {self.info.label!r}") from exc
 
@@ -259,12 +277,12 @@ class Login:
         user_pin = text if isinstance(text, str) else PROTECTED_AUTH
         try:
             try:
-                return token.open(user_pin=user_pin, attribute_mapper=_MAPPER)
+                return token.open(rw=self._writable, user_pin=user_pin, attribute_mapper=_MAPPER)
             except (
                 SessionCount
             ):  # from C_OpenSession, no PIN was sent: this token has one session, so we share it
                 self._close_spares()
-                session = token.open(user_pin=user_pin, attribute_mapper=_MAPPER)
+                session = token.open(rw=self._writable, user_pin=user_pin, attribute_mapper=_MAPPER)
                 self._spare.append(session)
                 return session
         except FOREIGN as exc:
@@ -303,7 +321,7 @@ class Login:
         functions = self.module.functions
         if self.module.owned or functions is None:
             return False
-        session = self._open(self.token)
+        session = self._first_session(self.token)
         try:
             return functions.logged_in(session.handle)
         finally:
@@ -338,8 +356,6 @@ class Login:
                 session.close()
             except PKCS11Error as exc:
                 log.debug("closing a session: %s", code_of(exc))
-                if code_of(exc) in ("CKR_SESSION_HANDLE_INVALID", "CKR_SESSION_CLOSED"):
-                    return
             else:
                 return
         if self.module.functions is not None:

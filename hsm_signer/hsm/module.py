@@ -43,8 +43,9 @@ class Module:
         self.library = library
         self.locked = locked
         self.lock = threading.RLock()
-        self.process = os.getpid()
+        self._process = os.getpid()
         self.generation = 0
+        self.suspect = False  # it failed in a way that a new start may mend
         self.logins: dict[str, Login] = {}
 
     @property
@@ -60,11 +61,11 @@ class Module:
     @property
     def here(self) -> bool:
         """Whether this is the process that loaded the module."""
-        return os.getpid() == self.process
+        return os.getpid() == self._process
 
     def check_process(self) -> None:
         """Raise :class:`ForkedError` in a forked child; to be called before any lock is taken."""
-        if not self.here:
+        if os.getpid() != self._process:
             raise ForkedError(
                 "this handle was made before a fork, in another process",
                 hint="open the token in the worker: PKCS#11 sessions do not survive a fork",
@@ -75,17 +76,18 @@ class Module:
         with self.lock:
             if self.logins or not self.owned:
                 return False
-            try:
-                self.reinitialize()
-            except PKCS11Error as exc:
-                raise failure(exc, f"{self.path} does not start again") from exc
+            self.reinitialize()
             return True
 
     def reinitialize(self) -> None:
         """Finalise and initialise again; the caller holds every lock. All sessions are gone then."""
         self.generation += 1
+        self.suspect = False
         self.library.shut()
-        self.library.initialize()
+        try:
+            self.library.initialize()
+        except PKCS11Error as exc:
+            raise failure(exc, f"the PKCS#11 module {self.path} does not start again") from exc
 
 
 _modules: dict[str, Module] = {}

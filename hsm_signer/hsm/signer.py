@@ -8,7 +8,6 @@ from hsm_signer.errors import KeyMismatchError
 from hsm_signer.hsm import keys, objects
 from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.sessions import Lane, Sessions
-from hsm_signer.hsm.uri import Uri
 from hsm_signer.jose import thumbprint
 
 if TYPE_CHECKING:
@@ -20,16 +19,19 @@ class HsmSigner:
 
     alg = "ES256"
 
-    def __init__(self, sessions: Sessions, uri: Uri, point: bytes, *, proved: bool, verify: bool) -> None:
+    def __init__(
+        self, sessions: Sessions, key: keys.FoundKey, point: bytes, *, proved: bool, verify: bool
+    ) -> None:
         self._sessions = sessions
-        self._uri = uri
+        self._uri = key.uri  # with its CKA_ID: another key that takes the label is not this one
+        self._name = key.name
         self._point = point
         self._proved = proved
         self._verify = verify
-        self._what = f"no signature by key {uri} on token {sessions.login.info.label!r}"
+        self._what = f"no signature by key {self._name} on token {sessions.login.info.label!r}"
 
     def __repr__(self) -> str:
-        return f"HsmSigner({str(self._uri)!r})"
+        return f"HsmSigner({self._name!r})"
 
     @property
     def token_info(self) -> TokenInfo:
@@ -43,9 +45,7 @@ class HsmSigner:
         answer, :class:`TokenError` with the PKCS#11 code for what recovery does not mend.
         """
         data = bytes(data)
-        signature = ecdsa.raw_from_device(
-            self._sessions.run(lambda lane: self._answer(lane, data), self._what)
-        )
+        signature = ecdsa.raw_from_device(self._sessions.run(self._answer, self._what, data))
         if self._verify:
             self._public_key.verify(signature, data)
         return signature
@@ -80,13 +80,12 @@ class HsmSigner:
         return PublicKey(self._point)
 
     def _answer(self, lane: Lane, data: bytes) -> bytes:
-        return keys.sign_es256(lane.login, self._key(lane), data)
+        key = lane.handles.get(self._name) or self._key(lane)
+        return keys.sign_es256(lane.login, key, data)
 
     def _key(self, lane: Lane) -> keys.FoundKey:
-        key: keys.FoundKey | None = lane.handles.get(self)
-        if key is None:
-            key = lane.handles[self] = keys.find_key(lane.session, self._uri, lane.login)
-        return key
+        found: keys.FoundKey | None = lane.handles.get(self._name)
+        return found or keys.find_in(lane, self._uri)
 
     def _own_point(self) -> bytes:
         """The public half leaves us only after the private key has signed a challenge under it."""
@@ -95,6 +94,6 @@ class HsmSigner:
                 lambda lane: keys.proved_point(lane.login, self._key(lane), [self._point]), self._what
             )
             if point is None:
-                raise KeyMismatchError(f"the public half beside private key {self._uri} is not its own")
+                raise KeyMismatchError(f"the public half beside private key {self._name} is not its own")
             self._proved = True
         return self._point

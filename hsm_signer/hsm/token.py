@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from hsm_signer import ecdsa
 from hsm_signer.errors import (
@@ -11,15 +11,14 @@ from hsm_signer.errors import (
     KeyMismatchError,
     PinRefusedError,
     SigningKeyError,
-    TokenAmbiguousError,
-    TokenNotFoundError,
+    TokenError,
 )
 from hsm_signer.hsm import generation, module, objects, proof
 from hsm_signer.hsm.keys import (
     FoundKey,
     KeyInfo,
     described,
-    find_key,
+    find_in,
     find_keys,
     not_its_own,
     proved_point,
@@ -27,8 +26,9 @@ from hsm_signer.hsm.keys import (
     require_p256,
 )
 from hsm_signer.hsm.login import Login, Pin
-from hsm_signer.hsm.module import FoundToken, Module, TokenInfo
+from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.proof import Proof
+from hsm_signer.hsm.search import find_token
 from hsm_signer.hsm.sessions import Lane, Sessions
 from hsm_signer.hsm.signer import HsmSigner
 from hsm_signer.hsm.uri import Uri, key_uri, token_uri
@@ -89,16 +89,16 @@ class Token:
             fresh = Login(loaded, found)
             login = loaded.logins.setdefault(fresh.key, fresh)
             login.users += 1
-        try:
+        with ExitStack() as undo:
+            undo.callback(login.leave)
             pool = Sessions(login, sessions)
+            undo.callback(pool.close)
             try:
                 login.enter(pin, found.info, allow_final_try=allow_final_try)
-            except BaseException:
-                pool.close()
+            except TokenError:
+                loaded.suspect = True
                 raise
-        except BaseException:
-            login.leave()
-            raise
+            undo.pop_all()
         return cls(login, pool, pin, verify=verify)
 
     def _close(self) -> None:
@@ -129,7 +129,7 @@ class Token:
         or be made to, is destroyed: :class:`KeyExportableError`. A label that is taken is a
         :class:`KeyAmbiguousError`.
         """
-        info = self._sessions.run_once(
+        info = self._sessions.run(
             lambda _: generation.generate(self._login, label, id), self._cannot(f"generate key {label!r}")
         )
         self._generated.add(info.id)
@@ -138,8 +138,8 @@ class Token:
     def prove(self, key: str) -> Proof:
         """Find out whether a key can leave the token: what is claimed, and what trying shows."""
         uri = self._key_uri(key)
-        return self._sessions.run_once(
-            lambda lane: proof.prove(self._login, find_key(lane.session, uri, self._login), self._generated),
+        return self._sessions.run(
+            lambda lane: proof.prove(self._login, find_in(lane, uri), self._generated),
             self._cannot(f"prove key {uri}"),
         )
 
@@ -162,14 +162,14 @@ class Token:
             if points and not candidates:
                 raise self._not_pinned(found, points, thumbprint)
         if len(candidates) == 1:
-            return HsmSigner(self._sessions, uri, candidates[0], proved=False, verify=self._verify)
+            return HsmSigner(self._sessions, found, candidates[0], proved=False, verify=self._verify)
         point = self._sessions.run(
-            lambda lane: proved_point(self._login, self._again(lane, uri), candidates),
+            lambda lane: proved_point(self._login, find_in(lane, found.uri), candidates),
             self._cannot(f"use key {uri}"),
         )
         if point is None:
             raise not_its_own(found, len(candidates))
-        return HsmSigner(self._sessions, uri, point, proved=True, verify=self._verify)
+        return HsmSigner(self._sessions, found, point, proved=True, verify=self._verify)
 
     def delete_key(self, key: str, *, thumbprint: str | None = None) -> None:
         """Destroy a private key, its public half and its certificates; what else has its label stays.
@@ -177,7 +177,7 @@ class Token:
         ``thumbprint`` is compared with what a challenge proves, right before the key is destroyed by handle.
         """
         uri = self._key_uri(key)
-        self._sessions.run_once(
+        self._sessions.run(
             lambda _: objects.delete(self._login, uri, thumbprint), self._cannot(f"delete key {uri}")
         )
 
@@ -187,7 +187,7 @@ class Token:
         ``label``: by default the key's. Raises :class:`KeyMismatchError` unless it holds the public half.
         """
         uri = self._key_uri(key)
-        self._sessions.run_once(
+        self._sessions.run(
             lambda _: objects.store_certificate(self._login, uri, der, label),
             self._cannot(f"store a certificate of key {uri}"),
         )
@@ -201,12 +201,9 @@ class Token:
         )
 
     def _look_up(self, lane: Lane, uri: Uri) -> tuple[FoundKey, list[bytes]]:
-        found = find_key(lane.session, uri, self._login)
+        found = find_in(lane, uri)
         require_p256(found)
         return found, public_points(found)
-
-    def _again(self, lane: Lane, uri: Uri) -> FoundKey:
-        return find_key(lane.session, uri, self._login)
 
     def _judge(self, key: FoundKey, *, allow_exportable: bool) -> None:
         if key.flags.get("sign") is False:
@@ -217,7 +214,7 @@ class Token:
                 "extractable",
                 hint="generate a key with hsm-token key generate",
             )
-        if key.flags.get("always_authenticate"):
+        if key.always_authenticate:
             if isinstance(self._pin, PinPad):
                 raise PinRefusedError(
                     f"key {key.name} wants its PIN for each signature (CKA_ALWAYS_AUTHENTICATE), which no "
@@ -247,35 +244,3 @@ class Token:
 
     def _cannot(self, what: str) -> str:
         return f"token {self.info.label!r} did not {what}"
-
-
-def find_token(loaded: Module, uri: Uri) -> FoundToken:
-    """The one initialised token that matches; the error lists what is there otherwise."""
-    found, problems = module.tokens(loaded)
-    ready = _matching(found, uri)
-    if not ready and loaded.refresh():  # some modules list the tokens that they found when they started
-        found, problems = module.tokens(loaded)
-        ready = _matching(found, uri)
-    if len(ready) == 1:
-        return ready[0]
-    if ready:
-        raise TokenAmbiguousError(
-            f"{len(ready)} tokens match {uri}",
-            candidates=[f"{one.info.identity};slot-id={one.info.slot_id}" for one in ready],
-            hint="add serial= or slot-id= to the token's URI",
-        )
-    there = [one.info.identity for one in found if one.info.initialized]
-    raise TokenNotFoundError(
-        f"no initialised token matches {uri} in {loaded.path}",
-        candidates=[*there, *problems],
-        hint="hsm-token slots shows what is there",
-    )
-
-
-def _matching(found: list[FoundToken], uri: Uri) -> list[FoundToken]:
-    asked = uri.token_attributes()
-    return [
-        one
-        for one in found
-        if one.info.initialized and all(one.attributes[name] == value for name, value in asked.items())
-    ]
