@@ -279,12 +279,17 @@ def test_ctrl_c_ends_with_130_and_no_words(office, tmp_path):
     )
     environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
     process = subprocess.Popen(
-        waiting, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        waiting,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while not fifo.exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     stdout, stderr = process.communicate(timeout=20)
     assert (process.returncode, stdout) == (130, "")
     assert "Traceback" not in stderr

@@ -36,7 +36,7 @@ def verify(
 ) -> None:
     """Check an access token: signature, issuer, audience, times, scopes; print its claims. Exit 8: refused.
 
-    Example: hsm-token fetch --profile das | hsm-token verify --profile das --audience das-api-auth
+    Example: hsm-token verify --profile das --audience das-api-auth access_token.txt
     """
     settings.require("issuer")
     try:
