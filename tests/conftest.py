@@ -17,7 +17,6 @@ import trustme
 from endpoint import Endpoint, Reply
 from faults import FaultyModule, compile_module
 from hypothesis import HealthCheck, settings
-from installation import CLIENT, Installation, install
 
 # Two cores that other tests share say nothing about the time that one example takes
 settings.register_profile("suite", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -166,23 +165,6 @@ def tls_files(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return chain, key
 
 
-@pytest.fixture(scope="session")
-def office(
-    tls_files: tuple[Path, Path],
-    new_token: Callable[..., SoftToken],
-    ca_bundle: str,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Installation]:
-    """An office that works, beside its authorization server."""
-    from hsm_signer.rehearsal import RehearsalServer
-
-    made = install(tmp_path_factory.mktemp("office"), new_token(), ca_bundle)
-    with RehearsalServer({CLIENT: made.home / "es256_cert.pem"}, tls=tls_files) as server:
-        made.settings |= {"token-endpoint": server.token_endpoint, "issuer": server.issuer}
-        made.write()
-        yield made
-
-
 @pytest.fixture
 def endpoint(ca: trustme.CA) -> Iterator[Endpoint]:
     """A token endpoint that grants, unless ``answer`` is set to something else."""
@@ -206,4 +188,34 @@ def office(
     with RehearsalServer({offices.CLIENT_ID: certificate}) as server:
         yield offices.found(
             home, new.token, token_endpoint=server.token_endpoint, certificate="es256_cert.pem"
+        )
+
+
+@pytest.fixture(scope="session")
+def tls_office(
+    new_token: Callable[..., SoftToken],
+    tls_files: tuple[Path, Path],
+    ca_bundle: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[offices.Office]:
+    """As :func:`office`, with TLS, an issuer and a pinned key."""
+    from hsm_signer.rehearsal import RehearsalServer
+
+    home = tmp_path_factory.mktemp("office")
+    certificate = home / "es256_cert.pem"
+    new = offices.found(home, new_token())
+    generated = new.run("key", "generate")
+    assert generated.status == 0, generated.stderr
+    assert new.run("cert", "self-signed", "--out", str(certificate)).status == 0
+    with RehearsalServer({offices.CLIENT_ID: certificate}, tls=tls_files) as server:
+        yield offices.found(
+            home,
+            new.token,
+            token_endpoint=server.token_endpoint,
+            issuer=server.issuer,
+            ca_bundle=ca_bundle,
+            certificate="es256_cert.pem",
+            key_thumbprint=generated.stdout.strip(),
+            timeout=5,
+            deadline=10,
         )

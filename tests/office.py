@@ -66,6 +66,13 @@ class Office:
         self.config.chmod(0o600)
         return self
 
+    def copy(self, home: Path) -> "Office":
+        """The same office at another place, to change and break; its token stays one and the same."""
+        for file in ("pin", "es256_cert.pem"):
+            (home / file).touch(mode=0o600)
+            (home / file).write_bytes((self.home / file).read_bytes())
+        return Office(home, self.token, self.profile).configure()
+
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "hsm_signer.cli", *arguments]
 

@@ -283,73 +283,67 @@ def test_no_parameter_takes_a_secret():
     assert names == {"event", "serial", "label", "thumbprint", "client_id", "aud", "jti"}
 
 
-def test_the_command_records_keys_and_assertions_and_none_of_their_secrets(office):
-    before = json.loads(office.run("audit", "head", "--json").stdout)["count"]
+def test_the_command_records_keys_and_assertions_and_none_of_their_secrets(tls_office, tmp_path):
+    office = tls_office.copy(tmp_path)
     assertion = office.run("assertion", "--claims", "oidc").stdout.strip()
     claims = json.loads(urlsafe_b64decode(assertion.split(".")[1] + "=="))
     made = office.run("key", "generate", "short-lived")
     office.run("key", "delete", "--key", "short-lived", "--thumbprint", made.stdout.strip())
-    state = office.home / "state" / "hsm-token"
-    records = [json.loads(line) for line in lines(AuditLog(state))][before:]
+    log = AuditLog(tmp_path / "state" / "hsm-token")
+    records = [json.loads(line) for line in lines(log)]
     assert [each["event"] for each in records] == ["assertion signed", "key generated", "key deleted"]
     signed = records[0]
     assert signed["jti"] == claims["jti"]
-    assert signed["aud"] == claims["aud"] == office.settings["token-endpoint"]
-    assert signed["key"] == office.settings["key-thumbprint"]
+    assert signed["aud"] == claims["aud"] == office.profile["token-endpoint"]
+    assert signed["key"] == office.profile["key-thumbprint"]
     assert signed["client_id"] == claims["iss"]
     assert {each["label"] for each in records} == {office.token.label}
     assert len({each["serial"] for each in records}) == 1
-    text = (state / "audit.jsonl").read_text()
+    text = log.path.read_text()
     assert office.token.pin not in text
     assert assertion.rpartition(".")[2] not in text
 
 
-def test_a_fetch_whose_log_cannot_be_written_warns_and_still_fetches(office, tmp_path):
-    broken = office.copy(tmp_path)
-    broken.settings |= {"state-dir": "state"}
-    broken.write()
-    assert broken.run("fetch", "--no-cache").returncode == 0
+def test_a_fetch_whose_log_cannot_be_written_warns_and_still_fetches(tls_office, tmp_path):
+    office = tls_office.copy(tmp_path).configure(state_dir="state")
+    assert office.run("fetch", "--no-cache").status == 0
     (tmp_path / "state" / "audit.jsonl").chmod(0o666)
-    done = broken.run("fetch", "--no-cache")
-    assert done.returncode == 0
+    done = office.run("fetch", "--no-cache")
+    assert done.status == 0
     assert done.stdout.count(".") == 2
-    assert "hsm-token: warning: 'assertion signed' is not in the audit log" in done.stderr
+    assert "warning: 'assertion signed' is not in the audit log" in done.stderr
 
 
-def test_verify_and_head_on_the_command_line(office, tmp_path):
-    copy = office.copy(tmp_path)
-    copy.settings |= {"state-dir": "state"}
-    copy.write()
+def test_verify_and_head_on_the_command_line(tls_office, tmp_path):
+    office = tls_office.copy(tmp_path).configure(state_dir="state")
     for _ in range(3):
-        copy.run("assertion")
-    count, head = copy.run("audit", "head").stdout.split()
+        office.run("assertion")
+    count, head = office.run("audit", "head").stdout.split()
     assert count == "3"
-    done = copy.run("audit", "verify", "--head", head)
-    assert (done.returncode, done.stdout.split()) == (0, ["3", head])
+    done = office.run("audit", "verify", "--head", head)
+    assert (done.status, done.stdout.split()) == (0, ["3", head])
     log = AuditLog(tmp_path / "state")
     write(log, *lines(log)[:2])
-    assert copy.run("audit", "verify").returncode == 0
-    done = copy.run("audit", "verify", "--head", head, "--json")
-    assert done.returncode == 8
-    assert "not on the chain" in json.loads(done.stdout)["findings"][0]
+    assert office.run("audit", "verify").status == 0
+    done = office.run("audit", "verify", "--head", head, "--json")
+    assert done.status == 8
+    assert "not on the chain" in done.json["findings"][0]
     write(log, lines(log)[1])
-    done = copy.run("audit", "verify")
-    assert done.returncode == 8
-    assert "hsm-token: error: audit log" in done.stderr
+    done = office.run("audit", "verify")
+    assert done.status == 8
+    assert "error: audit log" in done.stderr
     assert "changed, removed or inserted" in done.stderr
 
 
-def test_certificates_and_requests_are_recorded_too(office, tmp_path):
-    copy = office.copy(tmp_path)
-    copy.settings |= {"state-dir": "state"}
-    copy.write()
-    copy.run("cert", "self-signed")
-    copy.run("cert", "request")
-    copy.run("enroll", "--out", "folder")
+def test_certificates_and_requests_are_recorded_too(tls_office, tmp_path):
+    office = tls_office.copy(tmp_path).configure(state_dir="state")
+    for command in (
+        ("cert", "self-signed"),
+        ("cert", "request"),
+        ("enroll", "--out", str(tmp_path / "folder")),
+    ):
+        assert office.run(*command).status == 0
     records = [json.loads(line) for line in lines(AuditLog(tmp_path / "state"))]
-    assert [each["event"] for each in records] == [
-        "certificate made",
-        "certificate request made",
-        "certificate made",
-    ]
-    assert {each["key"] for each in records} == {office.settings["key-thumbprint"]}
+    events = ["certificate made", "certificate request made", "certificate made"]
+    assert [each["event"] for each in records] == events
+    assert {each["key"] for each in records} == {office.profile["key-thumbprint"]}
