@@ -73,6 +73,17 @@ class FaultyModule:
         """How often the function was called since :meth:`forget`, in all processes."""
         return sum(call.function == function for call in self.log())
 
+    def overlaps(self, function: str) -> bool:
+        """Whether two calls of the function were ever under way at once."""
+        running = 0
+        for line in self._log.read_bytes()[self._start :].decode().splitlines():
+            _, name, *outcome = line.split()
+            if name == function:
+                running += -1 if outcome else 1
+                if running > 1:
+                    return True
+        return False
+
     def sessions(self) -> int:
         """Sessions that are open now, in all processes that are alive."""
         found = re.findall(r"^(\d+) \w+ = \w+ sessions=(\d+)$", self._log.read_text(), re.MULTILINE)

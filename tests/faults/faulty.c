@@ -17,6 +17,7 @@
  *   token-flags MASK         shown in CK_TOKEN_INFO besides the real ones; LOCKED makes C_Login fail as well
  *   pin-pad                  CKF_PROTECTED_AUTHENTICATION_PATH: C_Login takes no PIN but asks the person
  *   max-sessions N           the next one is refused
+ *   only-read-write          sessions that are read-only are refused
  *   removed                  the token is pulled out; its sessions are gone for good
  */
 #define _GNU_SOURCE
@@ -371,6 +372,8 @@ static CK_RV open_session(CK_SLOT_ID slot, CK_FLAGS flags, void *application, CK
     pthread_mutex_unlock(&lock);
     if (find_rule("max-sessions", NULL, &rule) && count >= strtoul(rule.subject, NULL, 0))
         return CKR_SESSION_COUNT;
+    if (told("only-read-write", NULL) && !(flags & CKF_RW_SESSION))
+        return CKR_FUNCTION_FAILED;
     CK_RV rv = real->C_OpenSession(slot, flags, application, notify, session);
     if (rv == CKR_OK)
         remember_session(*session, slot);

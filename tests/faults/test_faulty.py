@@ -219,6 +219,13 @@ def test_sessions_are_limited_and_counted(opened: Opened, faulty: FaultyModule) 
     assert faulty.sessions() == 1
 
 
+def test_read_only_sessions_are_refused(opened: Opened, faulty: FaultyModule) -> None:
+    faulty.set("only-read-write")
+    with pytest.raises(pkcs11.exceptions.FunctionFailed):
+        opened.token.open()
+    opened.token.open(rw=True)
+
+
 def test_a_token_that_is_pulled_out_loses_its_sessions_and_comes_back(
     soft_token: SoftToken, opened: Opened, faulty: FaultyModule
 ) -> None:

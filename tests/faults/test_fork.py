@@ -1,0 +1,42 @@
+"""Forking servers: a parent that has signed, and workers that open their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SoftToken
+from interop.test_p11_kit import Remote
+
+from faults.test_misbehaviour import KEY, make_keys
+
+PROGRAM = Path(__file__).with_name("forked.py")
+TESTS = PROGRAM.parents[1]
+
+
+def run(module: str, token: SoftToken, state: Path) -> None:
+    command = [sys.executable, str(PROGRAM), module, token.uri, KEY, str(state)]
+    environment = os.environ | {"PIN": token.pin, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def token(new_token: Callable[[], SoftToken]) -> SoftToken:
+    token = new_token()
+    make_keys(token)
+    return token
+
+
+def test_workers_of_a_parent_that_has_signed_sign_with_softhsm(token: SoftToken, tmp_path: Path) -> None:
+    run(token.module, token, tmp_path)
+
+
+def test_workers_of_a_parent_that_has_signed_sign_with_p11_kit(token: SoftToken, tmp_path: Path) -> None:
+    remote = Remote(token, tmp_path)
+    try:
+        run(remote.module, token, tmp_path)
+    finally:
+        remote.close()
