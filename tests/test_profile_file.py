@@ -126,7 +126,7 @@ def test_the_result_means_what_was_asked_or_nothing_is_changed(
     try:
         after = changed(text, "das", {"key": key, "next-key": following})
     except ProfileNotChangedError:
-        assert '"""' in text or "[5]" in text, "only what looks like a header inside a value may be too much"
+        assert '"""' in text, "only what looks like a header inside a string may be too much"
         return
     wanted["profiles"]["das"]["key"] = key
     wanted["profiles"]["das"].pop("next-key", None)

@@ -144,8 +144,7 @@ def _into_profile(settings: Settings, made: "Enrolment", folder: Path, serial: s
 def show_lines(failed: ProfileNotChangedError) -> None:
     """Hand a person the lines that we cannot write."""
     terminal.note(f"{failed}; change these lines of the profile yourself:")
-    for line in failed.lines:
-        terminal.note(f"  {line}")
+    terminal.copyable(failed.lines)
 
 
 def _complete(settings: Settings, out: Path | None) -> tuple[Settings, Path]:

@@ -43,6 +43,11 @@ def note(text: str) -> None:
     print(f"hsm-token: {printable(text)}", file=sys.stderr)
 
 
+def copyable(lines: Iterable[str]) -> None:
+    """Show lines of ours on stderr as they are, for a person to copy."""
+    print(*lines, sep="\n", file=sys.stderr)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write rows: a table on a terminal, tab-separated lines without a head in a pipe."""
     clean = [[printable(cell) for cell in row] for row in rows]

@@ -1,0 +1,235 @@
+"""``hsm-token rollover`` as processes: the whole life of two keys at a server that knows one certificate."""
+
+import subprocess
+import threading
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import office as offices
+import pytest
+from conftest import SoftToken
+from office import CLIENT_ID, Done, Office
+from screen import at_a_terminal
+
+from hsm_signer.rehearsal import RehearsalServer
+
+
+@dataclass
+class Rollover:
+    """An office whose key is registered; ``registered`` is the operator's certificate file."""
+
+    office: Office
+    registered: Path
+
+    def run(self, *arguments: str) -> Done:
+        return self.office.run(*arguments)
+
+    def register(self, folder: str) -> None:
+        """The operator replaces the certificate; the key before it is refused from now on."""
+        new = self.registered.with_suffix(".new")
+        new.write_bytes((self.office.home / folder / "es256_cert.pem").read_bytes())
+        new.replace(self.registered)
+
+    @property
+    def profile(self) -> dict[str, str]:
+        settings: dict[str, str] = tomllib.loads(self.office.config.read_text())["profiles"]["office"]
+        return settings
+
+    def labels(self) -> set[str]:
+        listed = self.run("key", "list", "--json").json
+        return {key["label"] for key in listed}
+
+    def prepared(self) -> str:
+        done = self.run("rollover", "prepare", "next", "--out", str(self.office.home / "next"))
+        assert done.status == 0, done.stderr
+        return self.profile["next-key-thumbprint"]
+
+
+@pytest.fixture
+def rollover(tmp_path: Path, new_token: Callable[..., SoftToken]) -> Iterator[Rollover]:
+    office = offices.found(tmp_path, new_token(), key=None)
+    made = Rollover(office, tmp_path / "registered.pem")
+    enrolled = office.run("enroll", "--key", "first", "--out", str(tmp_path / "first"))
+    assert enrolled.status == 0, enrolled.stderr
+    made.register("first")
+    with RehearsalServer({CLIENT_ID: made.registered}) as server:
+        text = office.config.read_text()
+        office.config.write_text(f'{text}token-endpoint = "{server.token_endpoint}"  # rehearsal\n')
+        yield made
+
+
+def test_from_one_key_to_the_next_and_the_end_of_the_old_one(rollover: Rollover) -> None:
+    first = rollover.profile
+    second = rollover.prepared()
+    refused = rollover.run("rollover", "try")
+    assert (refused.status, refused.stdout) == (6, "")
+    assert rollover.run("rollover", "switch").status == 6
+    assert rollover.profile["key-thumbprint"] == first["key-thumbprint"]
+
+    rollover.register("next")
+    tried = rollover.run("rollover", "try", "--json")
+    assert (tried.status, tried.json["accepted"], tried.stderr) == (0, True, "")
+    assert rollover.profile["key-thumbprint"] == first["key-thumbprint"]
+    assert rollover.run("fetch", "--no-cache").status == 6
+
+    switched = rollover.run("rollover", "switch")
+    assert (switched.status, switched.stdout) == (0, "")
+    assert rollover.profile["key-thumbprint"] == second
+    assert "# rehearsal\n" in rollover.office.config.read_text()
+    assert rollover.run("fetch", "--no-cache").status == 0
+
+    states = rollover.run("rollover", "status", "--json").json
+    assert [(state["role"], state["on_token"]) for state in states] == [("in use", True), ("previous", True)]
+    old = rollover.run("rollover", "retire", "--thumbprint", first["key-thumbprint"])
+    assert (old.status, old.stdout) == (0, "")
+    assert rollover.labels() == {"next"}
+    assert {name for name in rollover.profile if name.startswith(("next-", "previous-"))} == set()
+    assert rollover.run("fetch", "--no-cache").status == 0
+
+
+def test_status_shows_both_keys_their_certificates_and_the_days_left(rollover: Rollover) -> None:
+    second = rollover.prepared()
+    in_use, upcoming = rollover.run("rollover", "status", "--json").json
+    assert (in_use["role"], upcoming["role"]) == ("in use", "next")
+    assert in_use["thumbprint"] == rollover.profile["key-thumbprint"]
+    assert upcoming["thumbprint"] == second
+    for state in (in_use, upcoming):
+        assert (state["on_token"], state["certificate_fits"], state["days_left"]) == (True, True, 729)
+    (rollover.office.home / "next" / "es256_cert.pem").write_bytes(rollover.registered.read_bytes())
+    plain = rollover.run("rollover", "status").stdout.splitlines()
+    assert [line.split("\t")[4] for line in plain] == ["yes", "NO"]
+
+
+def test_a_switch_without_a_try_needs_force(rollover: Rollover) -> None:
+    second = rollover.prepared()
+    assert rollover.run("rollover", "switch", "--force").status == 0
+    assert rollover.profile["key-thumbprint"] == second
+
+
+def test_a_profile_that_is_read_only_gets_the_lines_to_change_printed(rollover: Rollover) -> None:
+    second = rollover.prepared()
+    rollover.register("next")
+    config = rollover.office.config
+    config.chmod(0o400)
+    before = config.read_text()
+    done = rollover.run("rollover", "switch")
+    assert done.status == 0
+    assert "read-only" in done.stderr
+    assert config.read_text() == before
+    lines = tomllib.loads(done.stdout)["profiles"]["office"]
+    assert (lines["key"], lines["key-thumbprint"]) == (rollover.profile["next-key"], second)
+    assert "# next-key: remove this setting" in done.stdout
+
+
+def test_one_rollover_at_a_time_and_not_to_the_key_in_use(rollover: Rollover) -> None:
+    same = rollover.run("rollover", "prepare", str(rollover.profile["key"]))
+    assert (same.status, same.stdout) == (2, "")
+    rollover.prepared()
+    done = rollover.run("rollover", "prepare", "third", "--out", str(rollover.office.home / "third"))
+    assert (done.status, done.stdout) == (2, "")
+    assert rollover.labels() == {"first", "next"}
+    assert not (rollover.office.home / "third").exists()
+
+
+def test_without_a_next_key_or_a_profile_there_is_nothing_to_try_or_switch(rollover: Rollover) -> None:
+    for command in ("try", "switch"):
+        done = rollover.run("rollover", command)
+        assert done.status == 2
+        assert "rollover prepare" in done.stderr
+    rollover.office.config.unlink()
+    assert rollover.office.run("rollover", "switch", "--force").status == 2
+
+
+def test_the_key_in_use_and_the_next_one_are_not_retired(rollover: Rollover) -> None:
+    second = rollover.prepared()
+    for thumbprint in (rollover.profile["key-thumbprint"], second):
+        done = rollover.run("rollover", "retire", "--thumbprint", thumbprint)
+        assert done.status == 5
+        assert "a key in use is not deleted" in done.stderr
+    assert rollover.run("rollover", "retire").status == 2
+    assert rollover.labels() == {"first", "next"}
+
+
+def test_at_a_terminal_the_thumbprint_of_the_old_key_is_typed(rollover: Rollover) -> None:
+    first = rollover.profile["key-thumbprint"]
+    rollover.prepared()
+    assert rollover.run("rollover", "switch", "--force").status == 0
+    screen = at_a_terminal(rollover.office, ["rollover", "retire"], {"type the thumbprint": first})
+    assert f"previous key is {rollover.profile.get('previous-key', 'pkcs11:object=first')}" in screen
+    assert rollover.labels() == {"next"}
+
+
+def test_no_run_fails_when_the_operator_replaces_the_certificate_in_the_middle(rollover: Rollover) -> None:
+    rollover.prepared()
+    done: list[Done] = []
+    halfway = threading.Event()
+
+    def fetch_twice() -> None:
+        for _ in range(2):
+            done.append(rollover.run("fetch", "--or-next", "--no-cache"))
+            if len(done) >= 5:
+                halfway.set()
+
+    threads = [threading.Thread(target=fetch_twice) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    assert halfway.wait(100)
+    rollover.register("next")
+    for thread in threads:
+        thread.join()
+    assert [run.stderr for run in done if run.status] == []
+    by_the_next = ["the server takes the next key" in run.stderr for run in done]
+    assert len(done) == 20
+    assert 5 <= sum(by_the_next) <= 15  # those that began afterwards, and what was under way
+    assert all(run.stdout.count(".") == 2 for run in done)
+
+
+def test_after_the_cut_over_the_cached_token_of_the_next_key_is_used(rollover: Rollover) -> None:
+    rollover.prepared()
+    rollover.register("next")
+    first = rollover.run("fetch", "--or-next")
+    (rollover.office.home / "pin").unlink()
+    again = rollover.run("fetch", "--or-next")
+    assert (first.status, again.status) == (0, 0)
+    assert again.stdout == first.stdout
+    assert again.stderr == ""
+
+
+def test_or_next_without_a_next_key_is_a_fetch(rollover: Rollover) -> None:
+    assert rollover.run("fetch", "--or-next", "--no-cache").stderr == ""
+    rollover.registered.write_bytes(b"")
+    refused = rollover.run("fetch", "--or-next", "--no-cache")
+    assert (refused.status, refused.stdout) == (6, "")
+
+
+def test_a_next_key_that_is_refused_too_leaves_the_first_refusal_with_both_told(rollover: Rollover) -> None:
+    rollover.prepared()
+    rollover.registered.write_bytes(b"")
+    refused = rollover.run("fetch", "--or-next", "--no-cache")
+    assert (refused.status, refused.stdout) == (6, "")
+    assert "the next key is refused too" in refused.stderr
+
+
+def test_switching_and_retiring_as_processes_at_once_keep_every_key_in_use(rollover: Rollover) -> None:
+    first = rollover.profile["key-thumbprint"]
+    second = rollover.prepared()
+    office = rollover.office
+    commands = [
+        ("switch", "--force"),
+        ("retire", "--thumbprint", first),
+        ("retire", "--thumbprint", second),
+        ("retire", "--thumbprint", first),
+    ]
+    environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
+    running = [
+        subprocess.Popen(office.command("rollover", *command), env=environment, stderr=subprocess.DEVNULL)
+        for command in commands
+    ]
+    statuses = [process.wait(100) for process in running]
+    assert statuses[0] == 0
+    assert statuses[2] == 5
+    assert rollover.profile["key-thumbprint"] == second
+    assert ("first" in rollover.labels()) is ("previous-key" in rollover.profile)
+    assert "next" in rollover.labels()
