@@ -10,37 +10,39 @@ import pytest
 import trustme
 from conftest import SoftToken
 
-from hsm_signer import ecdsa, open_token, x509
+from hsm_signer import enrolment, open_token, x509
 from hsm_signer.hsm.signer import HsmSigner
 
 
 @dataclass(frozen=True)
 class Office:
-    """The client. ``k1`` and ``k2`` sign in the token; ``certificates``: PEM files as sent to an operator."""
+    """The client. ``k1`` and ``k2`` sign in the token; ``folders``: what was enrolled, as sent to an operator."""
 
     token: SoftToken
     k1: HsmSigner
     k2: HsmSigner
-    certificates: dict[str, Path]
+    folders: dict[str, Path]
+
+    def files(self, name: str) -> dict[str, str]:
+        """The paths of one file of both folders."""
+        return {key: str(folder / name) for key, folder in self.folders.items()}
 
 
 @pytest.fixture(scope="session")
 def office(new_token: Callable[..., SoftToken], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
     soft_token = new_token()
     with open_token(soft_token.uri, module=soft_token.module, pin=soft_token.pin) as token:
-        signers, certificates = {}, {}
+        signers, folders = {}, {}
         for label in ("k1", "k2"):
-            token.generate_key(label)
+            enrolment.ensure_key(token, label, thumbprint=None)
             signers[label] = token.signer(label)
-            der = x509.self_signed(
-                signers[label],
-                common_name=x509.default_common_name("office"),
-                not_before=int(time.time()) - 60,
-                days=1,
+            name = x509.default_common_name("office")
+            made = enrolment.enrol(
+                token, label, client_id="office", common_name=name, days=1, now=int(time.time())
             )
-            certificates[label] = tmp_path_factory.mktemp(label) / "es256_cert.pem"
-            certificates[label].write_text(ecdsa.pem("CERTIFICATE", der))
-        yield Office(soft_token, **signers, certificates=certificates)
+            folders[label] = tmp_path_factory.mktemp("enrolled") / label
+            enrolment.write(made, folders[label])
+        yield Office(soft_token, **signers, folders=folders)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 // oidc-provider as a test authorization server over https, on free loopback ports: node oidc-provider.mjs CONFIG
-// CONFIG is JSON: {tls: {key, cert}, certificates: {k1, k2}}, each the path of a PEM file.
+// CONFIG is JSON: {tls: {key, cert}, certificates: {k1, k2}}, each the path of a PEM file, and keySets: [paths].
 // Prints one line of JSON {"issuers": {"plain", "fapi"}} when it is up, then {"refused": why} for each refusal.
 import { createHash, generateKeyPairSync, X509Certificate } from 'node:crypto';
 import fs from 'node:fs';
@@ -50,6 +50,7 @@ function provider(issuer, fapi) {
     clients: [
       client('one-key', { jwks: { keys: [jwk(k1)] } }),
       client('two-keys', { jwks: { keys: [jwk(k1, 'k1'), jwk(k2, 'k2')] } }),
+      client('key-sets', { jwks: { keys: config.keySets.flatMap((path) => JSON.parse(read(path)).keys) } }),
       client('jwks-uri', { jwks_uri: `${issuer}${JWKS_PATH}` }),
       {
         client_id: 'rs', client_secret: 'rs-secret', id_token_signed_response_alg: 'ES256',

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hsm_signer import ClientAssertion, TokenClient
+from hsm_signer import ClientAssertion, TokenClient, enrolment
 from hsm_signer.errors import OAuthError
 from hsm_signer.oauth.metadata import ServerMetadata, discover
 from hsm_signer.oauth.transport import Transport
@@ -27,8 +27,7 @@ def provider(
     server_environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    certificates = {name: str(path) for name, path in office.certificates.items()}
-    config = json.dumps({"tls": server_files, "certificates": certificates})
+    config = json.dumps({"tls": server_files, "certificates": office.files(enrolment.CERTIFICATE)})
     log = tmp_path_factory.mktemp("idpyoidc") / "stderr.log"
     script = str(Path(__file__).with_name("idpyoidc_server.py"))
     with ServerProcess([sys.executable, script, config], log, server_environment) as process:

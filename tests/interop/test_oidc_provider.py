@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 
-from hsm_signer import ClientAssertion, TokenClient
+from hsm_signer import ClientAssertion, TokenClient, enrolment
 from hsm_signer.errors import OAuthError
 from hsm_signer.jose import Signer
 from hsm_signer.oauth.metadata import ServerMetadata, discover
@@ -36,8 +36,13 @@ def provider(
     node = shutil.which("node")
     assert node, "Node is not installed: tests/run installs it"
     assert (HERE / "node_modules/oidc-provider").is_dir(), "not installed: tests/run does it (npm ci)"
-    certificates = {name: str(path) for name, path in office.certificates.items()}
-    config = json.dumps({"tls": server_files, "certificates": certificates})
+    config = json.dumps(
+        {
+            "tls": server_files,
+            "certificates": office.files(enrolment.CERTIFICATE),
+            "keySets": list(office.files(enrolment.JWKS).values()),
+        }
+    )
     log = tmp_path_factory.mktemp("oidc-provider") / "stderr.log"
     environment = server_environment | {"NODE_EXTRA_CA_CERTS": ca_bundle}
     with ServerProcess([node, str(HERE / "oidc-provider.mjs"), config], log, environment) as process:
@@ -134,6 +139,16 @@ def test_of_two_keys_the_kid_names_the_one(
     with pytest.raises(OAuthError, match="invalid_client"):
         client(endpoint, assertion, office.k1, ca_bundle).fetch()
     assert "signature verification failed" in reason()
+
+
+@pytest.mark.parametrize("kid", [True, False])
+def test_both_keys_of_the_exported_key_sets_are_taken_with_and_without_their_kid(
+    provider: ServerProcess, office: Office, ca_bundle: str, reason: Callable[[], str], kid: bool
+) -> None:
+    endpoint = f"{provider.up['issuers']['plain']}/token"
+    for signer in (office.k1, office.k2):
+        assertion = ClientAssertion("key-sets", endpoint, claims="oidc", kid=kid)
+        assert client(endpoint, assertion, signer, ca_bundle).fetch().access_token
 
 
 @pytest.mark.parametrize("client_id", ["one-key", "two-keys"])
