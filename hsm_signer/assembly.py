@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,12 @@ def pin_source(settings: Settings, login: Login) -> "PinSource | PinPad":
             hint=f"use --pin-source, {variable('pin_source')}, or pin-source in a profile",
         )
     pin.make_undumpable()
-    return pin.from_source(
-        text, prompt=login.prompt, state_directory=state_directory(settings), retry=login.retry
-    )
+    ask = login.prompt and partial(_ask_for, login.prompt, str(settings.token))
+    return pin.from_source(text, prompt=ask, state_directory=state_directory(settings), retry=login.retry)
+
+
+def _ask_for(prompt: Callable[[str], str], token: str, question: str) -> str:
+    return prompt(f"{token}: {question}")
 
 
 @contextmanager

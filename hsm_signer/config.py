@@ -48,6 +48,10 @@ def _text(value: object) -> str:
     return value
 
 
+def _url(value: object) -> str:
+    return url.parse(_text(value), what="URL").text
+
+
 def _integer(value: object) -> int:
     if isinstance(value, str) and value.removeprefix("-").isdecimal():
         value = int(value)
@@ -122,8 +126,8 @@ class Settings:
         option=True,
     )
     client_id: str | None = _setting(_text, "client id, iss and sub of the assertion", option=True)
-    token_endpoint: str | None = _setting(_text, "URL of the token endpoint", option=True)
-    issuer: str | None = _setting(_text, "issuer of the authorization server, for discovery", option=True)
+    token_endpoint: str | None = _setting(_url, "URL of the token endpoint", option=True)
+    issuer: str | None = _setting(_url, "issuer of the authorization server, for discovery", option=True)
     audience: str | None = _setting(_text, "aud of the assertion, if not the token endpoint", option=True)
     scope: str | None = _setting(_text, "scopes to ask for, separated by spaces", option=True)
     lifetime: int = _setting(_integer, "seconds that an assertion lives", default=60, option=True)
@@ -268,6 +272,8 @@ def _parsed(name: str, value: object, source: str) -> object:
         return SETTINGS[name].metadata["parse"](value)
     except ValueError as wrong:
         raise ConfigError(f"{name.replace('_', '-')} ({source}) must be {wrong}") from None
+    except ConfigError as wrong:
+        raise ConfigError(f"{name.replace('_', '-')} ({source}): {wrong}", hint=wrong.hint) from None
 
 
 def _document(named: object) -> tuple[Path, Mapping[str, object]]:

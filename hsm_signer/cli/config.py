@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import typer
 
@@ -24,7 +24,13 @@ app = typer.Typer()
 config = typer.Typer(name="config", help="Write and show the configuration.", no_args_is_help=True)
 app.add_typer(config)
 
-ASKED = ("preset", "token_endpoint", "scope", "client_id", "module", "token", "key", "pin_source")
+ASKED = ("preset", "token_endpoint", "issuer", "scope", "client_id", "module", "token", "key", "pin_source")
+SERVICES = {
+    "wipo-das": "WIPO DAS",
+    "wipo-das-test": "WIPO DAS, test",
+    "oidc": "an OpenID Connect server",
+    "fapi2": "a server with the FAPI 2.0 security profile",
+}
 OTHER = "another one"
 HEAD = """\
 # hsm-token: one table a profile. Options and environment variables override what stands here.
@@ -72,7 +78,7 @@ def presets(as_json: options.Json = False) -> None:
 
 
 @config.command()
-@options.configured("preset", *options.KEY, "client_id", "token_endpoint", "scope", how=dict)
+@options.configured("preset", *options.KEY, "client_id", "token_endpoint", "issuer", "scope", how=dict)
 def init(settings: Mapping[str, str | None]) -> None:
     """Write a commented configuration file of mode 0600; ask for what is not given, on a terminal.
 
@@ -95,23 +101,38 @@ def init(settings: Mapping[str, str | None]) -> None:
     terminal.note(f"next: hsm-token doctor --offline --config {shlex.quote(str(target))}")
 
 
-def _asked(given: dict[str, str | None]) -> dict[str, str | None]:
+def _asked(given: Mapping[str, str | None]) -> dict[str, str | None]:
     """Ask for what is missing, in an order in which each answer helps with the next."""
     answers = dict(given)
-    if not answers["preset"]:
-        answers["preset"] = terminal.choose("service", [*PRESETS, OTHER])
-    if answers["preset"] == OTHER:
-        answers["preset"] = None
-    if "token-endpoint" not in PRESETS.get(answers["preset"] or "", {}):
-        answers["token_endpoint"] = given["token_endpoint"] or terminal.ask("token endpoint (URL)")
-        answers["scope"] = given["scope"] or terminal.ask("scope, if any", "")
-    answers["client_id"] = given["client_id"] or terminal.ask("client id")
-    answers["module"] = module = given["module"] or ask_module()
-    answers["token"] = given["token"] or ask_token(module)
-    answers["key"] = given["key"] or terminal.ask("label of the key, there or to be made", "das-key")
-    answers["pin_source"] = given["pin_source"] or terminal.ask("where the PIN comes from", "prompt")
-    check(answers)
+
+    def ask(name: str, question: Callable[[], str]) -> None:
+        while not answers[name]:
+            answer = question()
+            try:
+                check({name: answer or None})
+            except ConfigError as wrong:
+                terminal.note(str(wrong))
+                continue
+            answers[name] = answer or None
+            return
+
+    ask("preset", lambda: _preset_of(terminal.choose("service", [*SERVICES.values(), OTHER])))
+    known = PRESETS.get(answers["preset"] or "", {})
+    if "token-endpoint" not in known:
+        ask("token_endpoint", lambda: terminal.ask("token endpoint (URL)"))
+        ask("scope", lambda: terminal.ask("scope, if any", ""))
+    if answers["preset"] == "fapi2":
+        ask("issuer", lambda: terminal.ask("issuer (URL), the audience of the assertion"))
+    ask("client_id", lambda: terminal.ask("client id"))
+    ask("module", ask_module)
+    ask("token", lambda: ask_token(str(answers["module"])))
+    ask("key", lambda: terminal.ask("label of the key, there or to be made", "das-key"))
+    ask("pin_source", lambda: terminal.ask("where the PIN comes from", "prompt"))
     return answers
+
+
+def _preset_of(service: str) -> str:
+    return next((preset for preset, name in SERVICES.items() if name == service), "")
 
 
 def ask_module() -> str:
@@ -136,7 +157,6 @@ def ask_token(module: str) -> str:
 
 
 def _document(profile: str, answers: dict[str, str | None]) -> str:
-
     lines = [HEAD, f"[profiles.{toml_key(profile)}]"]
     for name, value in answers.items():
         hyphened = name.replace("_", "-")

@@ -60,7 +60,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        drawn.add_column(column, overflow="fold")  # a thumbprint cut short is of no use
     for row in clean:
         drawn.add_row(*map(Text, row))  # Text, not str: a label must not be read as markup
     Console().print(drawn)

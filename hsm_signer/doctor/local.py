@@ -76,7 +76,7 @@ def token(x: Examination) -> Outcome:
     path = known(x.module, "module")
     wanted = x.given("token")
     from hsm_signer.hsm import module as modules
-    from hsm_signer.hsm.token import find_token
+    from hsm_signer.hsm.search import find_token
     from hsm_signer.hsm.uri import token_uri
 
     uri = token_uri(wanted)
