@@ -74,7 +74,7 @@ def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
     settings.require("key")
     with open_token(settings, login) as token:
         signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
-        validity.warn(settings, token)
+        validity.warn(settings, signer)
         yield signer
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hsm_signer.errors import ConfigError
+from hsm_signer.errors import ConfigError, HsmSignerError
 
 if TYPE_CHECKING:
     from hsm_signer.config import Settings
-    from hsm_signer.hsm.token import Token
+    from hsm_signer.hsm.signer import HsmSigner
     from hsm_signer.x509 import Certificate
 
 DAYS = 730  # WIPO replaces the certificate of an office every two years
@@ -71,16 +71,16 @@ def in_files(settings: "Settings") -> list[Watched]:
     return [Watched(path, read_file(Path(path))) for path in named if path is not None]
 
 
-def on_token(token: "Token", key: str) -> list[Watched]:
-    """The certificates of the key on the token."""
+def on_token(signer: "HsmSigner", key: str) -> list[Watched]:
+    """The certificates of the key on the token; ``key`` is its name."""
     from hsm_signer import x509
 
-    return [Watched(f"of {key} on the token", x509.read_certificate(der)) for der in token.certificates(key)]
+    return [Watched(f"of {key} on the token", x509.read_certificate(der)) for der in signer.certificates()]
 
 
-def watched(settings: "Settings", token: "Token") -> list[Watched]:
+def watched(settings: "Settings", signer: "HsmSigner") -> list[Watched]:
     """The certificates that the profile names, else those of the key on the token."""
-    return in_files(settings) or on_token(token, str(settings.key))
+    return in_files(settings) or on_token(signer, str(settings.key))
 
 
 def ending(found: Iterable[Watched], now: int, days: int) -> list[Watched]:
@@ -88,11 +88,11 @@ def ending(found: Iterable[Watched], now: int, days: int) -> list[Watched]:
     return [each for each in found if each.days_left(now) < days]
 
 
-def warn(settings: "Settings", token: "Token") -> None:
+def warn(settings: "Settings", signer: "HsmSigner") -> None:
     """Log a warning for what ends soon. It never fails: whoever wants an access token gets one."""
     try:
-        found = watched(settings, token)
-    except ConfigError as odd:
+        found = watched(settings, signer)
+    except HsmSignerError as odd:
         _log.warning("certificates are not watched: %s", odd)
         return
     now = int(time.time())

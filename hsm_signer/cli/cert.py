@@ -127,7 +127,8 @@ def check(
     if not watched:
         settings.require("key")
         with assembly.open_token(settings, options.login(retry_pin)) as token:
-            watched = validity.on_token(token, str(settings.key))
+            signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+            watched = validity.on_token(signer, str(settings.key))
     if not watched:
         raise ConfigError(
             "no certificate to check",

@@ -132,7 +132,7 @@ def export(
             case PublicFormat.jwk:
                 terminal.json_result(signer.jwk)
             case PublicFormat.jwks:
-                watched = validity.watched(settings, token)
+                watched = validity.watched(settings, signer)
                 own = (each.certificate.der for each in watched if each.certificate.holds(signer.kid))
                 terminal.json_result(jwk_set(signer, next(own, None)))
             case PublicFormat.thumbprint:

@@ -73,6 +73,11 @@ class HsmSigner:
         """The public half as SubjectPublicKeyInfo (RFC 7468 §13)."""
         return ecdsa.pem("PUBLIC KEY", ecdsa.spki_from_point(self._own_point()))
 
+    def certificates(self) -> list[bytes]:
+        """The certificates on the token, in DER, that hold the public half."""
+        found = self._sessions.run(lambda lane: keys.certificates_beside(self._key(lane)), self._what)
+        return [der for der, point in found if point == self._own_point()]
+
     @cached_property
     def _public_key(self) -> "PublicKey":
         from hsm_signer.verification import PublicKey
