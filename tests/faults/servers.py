@@ -195,7 +195,7 @@ def huge_header(connection: Connection) -> None:
 
 def gzip_bomb(connection: Connection) -> None:
     """40 kB that inflate to 40 MB, whether anybody asked for gzip or not."""
-    body = gzip.compress(b" " * 40_000_000)
+    body = gzip.compress(b" " * 1_000_000) * 40
     fields = JSON | {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
     connection.send(head(200, fields) + body)
 

@@ -24,7 +24,7 @@ from hsm_signer.jose import b64url
 
 ACCESS_TOKEN = "canary-access-token"
 GRANT = {"access_token": ACCESS_TOKEN, "token_type": "Bearer", "expires_in": 300}
-DEADLINE = 2  # seconds
+SHORT, LONG = 4, 60  # seconds: to wait for nothing, and for what comes sooner or later on a busy machine
 LATEST = 30  # seconds: this machine has other things to do
 
 
@@ -66,10 +66,10 @@ def fetch(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Server], Outcome]:
+) -> Callable[..., Outcome]:
     """Fetch from a server with everything logged that anybody logs, and look for leaks."""
 
-    def fetch(server: Server, deadline: float = DEADLINE) -> Outcome:
+    def fetch(server: Server, deadline: float = LONG, timeout: float = 30) -> Outcome:
         for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, elsewhere.url)
         caplog.set_level(1)
@@ -81,7 +81,7 @@ def fetch(
             signer=signer,
             scope="das-api/das-access",
             ca_bundle=ca_bundle,
-            timeout=(1, 1),
+            timeout=(timeout, timeout),
             deadline=deadline,
         )
         response = error = None
@@ -94,7 +94,7 @@ def fetch(
         canaries = [*signer.canaries, ACCESS_TOKEN]
         if error:
             assert_no_trace(error, canaries)
-            assert outcome.seconds < LATEST
+            assert outcome.seconds < deadline + LATEST
         printed = capfd.readouterr()
         for text in (
             caplog.text,
@@ -124,6 +124,7 @@ def assertions(server: Server) -> list[str]:
         (servers.reset, TransportError, "no complete answer|reset", True),
         (servers.silence, TransportError, "no answer", True),
         (servers.half_a_header_and_silence, TransportError, "no answer", True),
+        (servers.half_a_header, TransportError, "no complete answer", True),
         (servers.truncated_body, TransportError, "no complete answer", True),
         (servers.bad_chunks, TransportError, "no complete answer", True),
         (servers.drip, TransportError, "no answer before the deadline", False),
@@ -131,7 +132,6 @@ def assertions(server: Server) -> list[str]:
         (servers.huge_header, TransportError, "no complete answer", True),
         (servers.large_body, TransportError, "larger than 1048576 bytes", False),
         (servers.endless_chunks, TransportError, "larger than 1048576 bytes", False),
-        (servers.half_a_header, TokenResponseError, "media type none", False),
         (servers.gzip_bomb, TokenResponseError, "is no UTF-8", False),
         (servers.duplicate_keys, TokenResponseError, "has a member twice", False),
         (respond(body=GRANT, media_type="text/html"), TokenResponseError, "media type text/html", False),
@@ -141,14 +141,14 @@ def assertions(server: Server) -> list[str]:
 )
 def test_a_fault_of_the_server_is_an_error_in_time(
     server_tls: ssl.SSLContext,
-    fetch: Callable[[Server], Outcome],
+    fetch: Callable[..., Outcome],
     fault: Behaviour,
     error: type[HsmSignerError],
     said: str,
     is_tried_again: bool,
 ) -> None:
     with Server(server_tls, fault) as server:
-        outcome = fetch(server)
+        outcome = fetch(server, SHORT, timeout=1) if is_tried_again or "deadline" in said else fetch(server)
         assert type(outcome.error) is error
         assert re.search(said, str(outcome.error))
         assert (len(server.requests) > 1) == is_tried_again
@@ -164,14 +164,14 @@ def test_after_a_fault_the_next_attempt_counts(
     server_tls: ssl.SSLContext, fetch: Callable[..., Outcome], fault: Behaviour
 ) -> None:
     with Server(server_tls, fault, respond(body=GRANT)) as server:
-        outcome = fetch(server, deadline=60)
+        outcome = fetch(server, timeout=2)
         assert outcome.response and outcome.response.access_token == ACCESS_TOKEN
         assert len(set(assertions(server))) == 2
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_an_error_and_is_not_followed(
-    server_tls: ssl.SSLContext, fetch: Callable[[Server], Outcome], elsewhere: Server, status: int
+    server_tls: ssl.SSLContext, fetch: Callable[..., Outcome], elsewhere: Server, status: int
 ) -> None:
     with Server(server_tls, respond(status, b"", None, Location=f"{elsewhere.url}/token")) as server:
         outcome = fetch(server)
@@ -228,7 +228,7 @@ def tls_1_1_only(ca: trustme.CA, context: ssl.SSLContext) -> None:
 )
 def test_a_server_that_cannot_prove_itself_is_sent_nothing(
     ca: trustme.CA,
-    fetch: Callable[[Server], Outcome],
+    fetch: Callable[..., Outcome],
     configure: Callable[[trustme.CA, ssl.SSLContext], None],
     said: str,
 ) -> None:
@@ -242,7 +242,7 @@ def test_a_server_that_cannot_prove_itself_is_sent_nothing(
         assert (server.requests, server.connections) == ([], 1)
 
 
-def test_a_server_that_speaks_plain_http_is_sent_nothing(fetch: Callable[[Server], Outcome]) -> None:
+def test_a_server_that_speaks_plain_http_is_sent_nothing(fetch: Callable[..., Outcome]) -> None:
     with Server(None, respond(400, b"plain http here", "text/plain")) as server:
         outcome = fetch(server)
         assert type(outcome.error) is TransportError
@@ -268,7 +268,7 @@ def test_a_server_that_asks_to_wait_is_waited_for(
 ) -> None:
     wait = wait if isinstance(wait, str) else wait()
     with Server(server_tls, respond(status, b"", None, Retry_After=wait), respond(body=GRANT)) as server:
-        outcome = fetch(server, deadline=60)
+        outcome = fetch(server)
         assert outcome.response
         assert outcome.seconds > 1.9  # a date has whole seconds
         assert len(server.requests) == 2
@@ -281,24 +281,24 @@ def test_nonsense_in_retry_after_is_as_if_it_was_not_there(
     server_tls: ssl.SSLContext, fetch: Callable[..., Outcome], nonsense: str
 ) -> None:
     with Server(server_tls, respond(503, b"", None, Retry_After=nonsense), respond(body=GRANT)) as server:
-        assert fetch(server, deadline=60).response
+        assert fetch(server).response
         assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("wait", ["3600", lambda: http_date(3600)], ids=["seconds", "date"])
 def test_a_wait_past_the_deadline_is_an_error_at_once(
-    server_tls: ssl.SSLContext, fetch: Callable[[Server], Outcome], wait: str | Callable[[], str]
+    server_tls: ssl.SSLContext, fetch: Callable[..., Outcome], wait: str | Callable[[], str]
 ) -> None:
     wait = wait if isinstance(wait, str) else wait()
     with Server(server_tls, respond(503, b"", None, Retry_After=wait)) as server:
-        outcome = fetch(server)
+        outcome = fetch(server, SHORT)
         assert type(outcome.error) is TransportError
         assert re.search("left alone for 3[56]", outcome.error.hint or "")
         assert len(server.requests) == 1
 
 
 def test_the_log_that_was_searched_has_urllib3s_lines_in_it(
-    server_tls: ssl.SSLContext, fetch: Callable[[Server], Outcome], caplog: pytest.LogCaptureFixture
+    server_tls: ssl.SSLContext, fetch: Callable[..., Outcome], caplog: pytest.LogCaptureFixture
 ) -> None:
     with Server(server_tls, respond(body=GRANT)) as server:
         assert fetch(server).response
