@@ -59,6 +59,7 @@ LADDER: tuple[tuple[_Template, _Template], ...] = (
     (_PUBLIC_LEFT_OUT, _PRIVATE | _LEFT_OUT),
     (_PUBLIC_LEFT_OUT, _PRIVATE | _LEFT_OUT | {Attribute.DERIVE: DEFAULT}),
 )
+WEAKENING = {"sensitive": False, "extractable": True}
 _TEMPLATE_REFUSED = (
     ArgumentsBad,
     AttributeReadOnly,
@@ -137,22 +138,21 @@ def _judge(key: FoundKey) -> None:
             hint="the token's policy or configuration decides that",
         )
     for name, value in WEAKENING.items():
-        if weakened(key, name, value):
-            raise KeyExportableError(
-                f"the token let CKA_{name.upper()} of key {key.name} become {value}; the key was destroyed"
-            )
+        with suppress(PKCS11Error):
+            if weaken(key, name, value):
+                raise KeyExportableError(
+                    f"the token let CKA_{name.upper()} of key {key.name} become {value}; the key was destroyed"
+                )
 
 
-WEAKENING = {"sensitive": False, "extractable": True}
+def weaken(key: FoundKey, name: str, value: bool) -> bool:
+    """Try to change an attribute that must not change; only ever on a key that was generated just now.
 
-
-def weakened(key: FoundKey, name: str, value: bool) -> bool:
-    """Try to change an attribute that must not change; only ever on a key that was generated just now."""
+    Whether it changed; what the module answers to such a thing is raised.
+    """
     attribute = keys.FLAGS[name]
-    with suppress(PKCS11Error):
-        key.handle[attribute] = value
-    found = keys.read(key.handle, [attribute])
-    return found.get(attribute) is value
+    key.handle[attribute] = value
+    return keys.read(key.handle, [attribute]).get(attribute) is value
 
 
 def _destroy(login: Login, label: str, key_id: bytes) -> None:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from pkcs11 import _pkcs11
@@ -127,11 +127,11 @@ class FoundKey:
     always_authenticate: bool
     flags: dict[str, bool]
 
-    @cached_property
+    @property
     def uri(self) -> Uri:
         return Uri(object=self.label, id=self.id or None)
 
-    @cached_property
+    @property
     def name(self) -> str:
         return str(self.uri)
 
@@ -319,6 +319,18 @@ def proved_point(login: Login, key: FoundKey, points: Iterable[bytes]) -> bytes 
     return None
 
 
+def point_if_proved(login: Login, key: FoundKey) -> bytes | None:
+    """The key's public half, proved; ``None`` also if the key, or we without its PIN, cannot sign."""
+    try:
+        return proved_point(login, key, public_points(key))
+    except PinRefusedError:
+        return None
+    except PKCS11Error as exc:
+        if code_of(exc) in _NOT_FOR_SIGNING:
+            return None
+        raise
+
+
 def require_proof(login: Login, key: FoundKey) -> bytes:
     """The key's public half, proved; :class:`KeyMismatchError` if what lies beside it is not its own."""
     require_p256(key)
@@ -352,13 +364,6 @@ def described(login: Login, key: FoundKey) -> KeyInfo:
     if key.curve not in ("P-256", "unknown") or key.flags.get("sign") is False:
         return key.info(None)
     certificates = certificates_beside(key)
-    try:
-        point = proved_point(login, key, public_points(key))
-    except PinRefusedError:
-        return key.info(None)
-    except PKCS11Error as exc:
-        if code_of(exc) not in _NOT_FOR_SIGNING:
-            raise
-        return key.info(None)
+    point = point_if_proved(login, key)
     own = (der for der, its in certificates if its == point and point is not None)
     return key.info(point, next(own, None))

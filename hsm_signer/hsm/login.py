@@ -200,12 +200,15 @@ class Login:
                 held.enter_context(lane.lock)
             for lane in self.lanes:
                 lane.drop()
+            foreign = self._foreign
             self._log_out()
             self.epoch += 1
             found = self._find_again()
             self.token, self.info = found.token, found.info
             if self._pin is not None and self._source is not None:
                 self._log_in(self._source, self._pin, allow_final_try=False)
+            elif foreign:
+                self._foreign = self._logged_in_by_others()
 
     def forget_sessions(self) -> None:
         """After the module was finalised: its sessions are gone, their handles may be given out again."""
@@ -294,7 +297,8 @@ class Login:
             if isinstance(text, str):
                 _rejected.add(self._hash(text))
             self._pin = None
-            return PinRejectedError(f"token {label} rejected the PIN: {code}", code=code)
+            hint = self._tries_left()
+            return PinRejectedError(f"token {label} rejected the PIN: {code}", code=code, hint=hint)
         if code == "CKR_PIN_LOCKED":
             self._pin = None
             return _locked(label, code)
@@ -303,6 +307,18 @@ class Login:
         if code in ("CKR_FUNCTION_CANCELED", "CKR_FUNCTION_REJECTED", "CKR_CANCEL"):
             return PinError(f"the login to token {label} was cancelled: {code}", code=code)
         return failure(exc, f"login to token {label} failed")
+
+    def _tries_left(self) -> str | None:
+        """What the token's flags say after a wrong PIN; not every token says it."""
+        try:
+            flags = token_info(self.token.slot.get_token()).flags
+        except FOREIGN:
+            return None
+        if "USER_PIN_LOCKED" in flags:
+            return "the token says that the PIN is locked now"
+        if "USER_PIN_FINAL_TRY" in flags:
+            return "the token says that the next wrong PIN locks it"
+        return None
 
     def _judge(self, flags: frozenset[str], *, allow_final_try: bool) -> None:
         label = repr(self.info.label)
@@ -362,7 +378,7 @@ class Login:
             self.module.functions.close_session(session.handle)
 
     def _hash(self, pin: str) -> bytes:
-        return hmac.digest(_HASH_KEY, f"{self.key}\0{pin}".encode(), hashlib.sha256)
+        return hmac.digest(_HASH_KEY, f"{self.info.identity}\0{pin}".encode(), hashlib.sha256)
 
 
 def _attempt(pin: Pin | None, identity: str) -> AbstractContextManager[Any]:

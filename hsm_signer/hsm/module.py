@@ -11,11 +11,12 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pkcs11.constants import SlotFlag, TokenFlag
 from pkcs11.exceptions import PKCS11Error, TokenNotPresent, TokenNotRecognised
@@ -27,6 +28,8 @@ from hsm_signer.hsm.uri import Uri
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.login import Login
+
+_FORK_PATIENCE = 5.0  # seconds; a call that hangs must not hang the fork
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,10 @@ class Module:
                 hint="open the token in the worker: PKCS#11 sessions do not survive a fork",
             )
 
+    def locks(self) -> list["_Lock"]:
+        """All that is held around calls, in the order in which to take them."""
+        return [self.lock, *(lane.lock for login in self.logins.values() for lane in login.lanes)]
+
     def refresh(self) -> bool:
         """Start the module again if nobody uses it; whether that was done."""
         with self.lock:
@@ -101,6 +108,8 @@ def load(path: str) -> Module:
     Raises :class:`ModuleError`.
     """
     canonical = os.path.realpath(path)
+    if canonical in _modules and not _modules[canonical].here:
+        _forget_the_parents()  # a fork that Python did not see
     with _loading:
         if canonical not in _modules:
             if not Path(canonical).is_file():
@@ -138,10 +147,39 @@ def _explain(path: str, exc: BaseException) -> None:
     ) from exc
 
 
+class _Lock(Protocol):
+    def acquire(self, *, timeout: float) -> bool: ...
+    def release(self) -> None: ...
+
+
+class _Fork(threading.local):
+    """The locks that the thread which forks holds meanwhile."""
+
+    def __init__(self) -> None:
+        self.held: list[_Lock] = []
+
+
+_fork = _Fork()
+
+
+def _let_calls_end() -> None:
+    """Before a fork: a lock that a thread holds inside a module would stay held in the child for ever."""
+    deadline = time.monotonic() + _FORK_PATIENCE
+    for lock in [_loading, *(lock for module in _modules.values() for lock in module.locks())]:
+        if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            _fork.held.append(lock)
+
+
+def _go_on() -> None:
+    while _fork.held:
+        _fork.held.pop().release()
+
+
 def _forget_the_parents() -> None:
     """In a forked child: let go of the parent's modules without touching them."""
-    global _loading  # noqa: PLW0603  # another thread of the parent may have held it
+    global _loading  # noqa: PLW0603  # another thread of the parent may hold it
     _loading = threading.Lock()
+    _fork.held.clear()
     _inherited.update(_modules)
     _modules.clear()
 
@@ -154,7 +192,7 @@ def _finalize_at_exit() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_the_parents)
+    os.register_at_fork(before=_let_calls_end, after_in_parent=_go_on, after_in_child=_forget_the_parents)
 atexit.register(_finalize_at_exit)
 
 

@@ -73,7 +73,7 @@ def delete(login: Login, uri: Uri, thumbprint: str | None) -> None:
     """Destroy a private key by handle, and then what is certainly its own."""
     with login.writable() as session:
         key = keys.find_key(session, uri, login)
-        point = keys.proved_point(login, key, keys.public_points(key))
+        point = keys.point_if_proved(login, key)
         if thumbprint is not None:
             found = None if point is None else thumbprint_of(ecdsa.jwk_from_point(point))
             if found != thumbprint:
@@ -82,9 +82,12 @@ def delete(login: Login, uri: Uri, thumbprint: str | None) -> None:
                 )
         beside = [] if point is None else _own(key, point)
         key.handle.destroy()
+        log.info("key %s destroyed", key.name)
         for handle in beside:
-            handle.destroy()
-    log.info("key %s and %d objects of it destroyed", key.name, len(beside))
+            try:
+                handle.destroy()
+            except PKCS11Error as exc:
+                log.warning("something public of key %s stays on the token: %s", key.name, code_of(exc))
 
 
 def _own(key: FoundKey, point: bytes) -> list[Any]:

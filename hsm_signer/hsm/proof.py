@@ -141,7 +141,7 @@ def prove(login: Login, key: FoundKey, generated_now: set[bytes]) -> Proof:
     ]
     if key.id in generated_now:
         probes += [
-            Probe(f"set CKA_{name.upper()} to {value}", *_changed(key, name, value=value))
+            Probe(f"set CKA_{name.upper()} to {value}", *_tried(partial(generation.weaken, key, name, value)))
             for name, value in generation.WEAKENING.items()
         ]
     return Proof(key.info(point), login.info, tuple(probes))
@@ -211,7 +211,3 @@ def _copied(key: FoundKey, name: str, *, value: bool) -> bool:
         return keys.read(copy, [attribute]).get(attribute) is not (not value)
     finally:
         copy.destroy()
-
-
-def _changed(key: FoundKey, name: str, *, value: bool) -> tuple[bool, str]:
-    return _tried(lambda: generation.weakened(key, name, value))

@@ -1,17 +1,12 @@
 """The :class:`~hsm_signer.jose.Signer` whose private key is in a token."""
 
-from functools import cached_property
-from typing import TYPE_CHECKING
-
 from hsm_signer import ecdsa
-from hsm_signer.errors import KeyMismatchError
+from hsm_signer.errors import KeyMismatchError, SignatureInvalidError
 from hsm_signer.hsm import keys, objects
 from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.sessions import Lane, Sessions
 from hsm_signer.jose import thumbprint
-
-if TYPE_CHECKING:
-    from hsm_signer.verification import PublicKey
+from hsm_signer.verification import PublicKey
 
 
 class HsmSigner:
@@ -26,8 +21,8 @@ class HsmSigner:
         self._uri = key.uri  # with its CKA_ID: another key that takes the label is not this one
         self._name = key.name
         self._point = point
+        self._public_key = PublicKey(point) if verify else None
         self._proved = proved
-        self._verify = verify
         self._what = f"no signature by key {self._name} on token {sessions.login.info.label!r}"
 
     def __repr__(self) -> str:
@@ -44,15 +39,18 @@ class HsmSigner:
         Raises :class:`SignatureInvalidError` and :class:`SignatureFormatError` for what a token should not
         answer, :class:`TokenError` with the PKCS#11 code for what recovery does not mend.
         """
-        data = bytes(data)
+        if type(data) is not bytes:
+            data = bytes(memoryview(data))
         signature = ecdsa.raw_from_device(self._sessions.run(self._answer, self._what, data))
-        if self._verify:
-            self._public_key.verify(signature, data)
+        if self._public_key is not None:
+            try:
+                self._public_key.verify(signature, data)
+            except SignatureInvalidError:
+                raise self._not_by_this_key() from None
         return signature
 
     def verified_by_token(self, signature: bytes, data: bytes) -> bool | None:
         """Ask the token itself whether r‖s is a signature over ``data``; ``None`` where it cannot tell."""
-        data = bytes(data)
         return self._sessions.run(
             lambda lane: objects.verify(lane.login, self._key(lane), self._point, signature, data),
             f"no verification by token {self._sessions.login.info.label!r}",
@@ -78,11 +76,11 @@ class HsmSigner:
         found = self._sessions.run(lambda lane: keys.certificates_beside(self._key(lane)), self._what)
         return [der for der, point in found if point == self._own_point()]
 
-    @cached_property
-    def _public_key(self) -> "PublicKey":
-        from hsm_signer.verification import PublicKey
-
-        return PublicKey(self._point)
+    def _not_by_this_key(self) -> SignatureInvalidError:
+        return SignatureInvalidError(
+            f"what key {self._name} signed does not verify under the public half that lies beside it",
+            hint="the public object is not its own (anybody without a PIN can write one), or the token is broken",
+        )
 
     def _answer(self, lane: Lane, data: bytes) -> bytes:
         key = lane.handles.get(self._name) or self._key(lane)
