@@ -1,0 +1,101 @@
+"""Vectors of RFC 7515 A.3, RFC 7518 §3.4, RFC 7638 §3.1 and of WIPO's published sample."""
+
+import json
+from base64 import urlsafe_b64decode
+
+import pytest
+from software_signer import SoftwareSigner
+
+from hsm_signer import ClientAssertion
+from hsm_signer.jose import b64url, json_b64url, sign_compact, thumbprint
+from hsm_signer.verification import PublicKey
+
+RFC_7515_A_3_KEY = {
+    "kty": "EC",
+    "crv": "P-256",
+    "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+    "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0",
+}
+RFC_7515_A_3_HEADER = "eyJhbGciOiJFUzI1NiJ9"
+RFC_7515_A_3_PAYLOAD = (
+    "eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ"
+)
+RFC_7515_A_3_SIGNATURE = (
+    "DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q"
+)
+
+SEED_HEADER = "eyJhbGciOiJFUzI1NiIsInR5cCI6IkpXVCJ9"
+SEED_PAYLOAD = (
+    "eyJpc3MiOiJkYXMtYXBpLWF1dGgiLCJzdWIiOiJkYXMtYXBpLWF1dGgiLCJhdWQiOiJodHRwczovL2xvZ2luZGV2LndpcG8uaW50"
+    "OjQ0My9hbS9vYXV0aDIvYWNjZXNzX3Rva2VuIiwiZXhwIjoxNjIyNDUwNzI4fQ"
+)
+
+
+def decoded(text: str) -> bytes:
+    return urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def test_base64url_is_that_of_rfc_7515_appendix_c() -> None:
+    assert b64url(bytes([3, 236, 255, 224, 193])) == "A-z_4ME"
+    assert b64url(b"") == ""
+
+
+def test_the_signature_of_rfc_7515_a_3_verifies_and_is_r_then_s() -> None:
+    point = b"\x04" + decoded(RFC_7515_A_3_KEY["x"]) + decoded(RFC_7515_A_3_KEY["y"])
+    signature = decoded(RFC_7515_A_3_SIGNATURE)
+    assert signature[:4] == bytes([14, 209, 33, 83])  # R as A.3.1 prints it
+    assert signature[32:36] == bytes([197, 10, 7, 211])  # and S
+    signing_input = f"{RFC_7515_A_3_HEADER}.{RFC_7515_A_3_PAYLOAD}".encode()
+    PublicKey(point).verify(signature, signing_input)  # RFC 7518 §3.4: R and S as 32 bytes each, in this order
+
+
+def test_the_header_of_rfc_7515_a_3_is_written_the_same() -> None:
+    assert json_b64url({"alg": "ES256"}) == RFC_7515_A_3_HEADER
+
+
+def test_a_compact_jws_of_ours_is_made_of_its_parts() -> None:
+    signer = SoftwareSigner()
+    header, payload, signature = sign_compact({"alg": "ES256"}, {"ü": [1, None]}, signer).split(".")
+    assert decoded(payload) == '{"ü":[1,null]}'.encode()
+    point = b"\x04" + decoded(signer.jwk["x"]) + decoded(signer.jwk["y"])
+    PublicKey(point).verify(decoded(signature), f"{header}.{payload}".encode())
+
+
+def test_numbers_that_json_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_b64url({"exp": float("nan")})
+
+
+def test_the_thumbprint_of_rfc_7638_counts_only_required_members_in_order() -> None:
+    # RFC 7638 §3.1 has an RSA key; §3.2 names crv, kty, x, y for EC keys. The value is that of RFC 7515's key,
+    # as jwcrypto and joserfc print it.
+    assert thumbprint(RFC_7515_A_3_KEY) == "oKIywvGUpTVTyxMQ3bwIIeQUudfr_CkLMjCE19ECD-U"
+    shuffled = {"y": RFC_7515_A_3_KEY["y"], "kid": "1", "use": "sig", **RFC_7515_A_3_KEY}
+    assert thumbprint(shuffled) == thumbprint(RFC_7515_A_3_KEY)
+
+
+def test_the_thumbprint_is_the_one_that_joserfc_finds() -> None:
+    from joserfc.jwk import ECKey
+
+    for jwk in (RFC_7515_A_3_KEY, SoftwareSigner().jwk):
+        assert thumbprint(jwk) == ECKey.import_key(dict(jwk)).thumbprint()
+
+
+def test_wipos_published_sample_comes_out_byte_for_byte() -> None:
+    assertion = ClientAssertion(
+        client_id="das-api-auth", audience="https://logindev.wipo.int:443/am/oauth2/access_token", lifetime=60
+    )
+    header, payload, signature = assertion.issue(SoftwareSigner(), now=1622450728 - 60).split(".")
+    assert header == SEED_HEADER
+    assert payload == SEED_PAYLOAD
+    assert len(signature) == 86
+
+
+def test_an_oidc_assertion_names_its_time_and_is_used_once() -> None:
+    assertion = ClientAssertion("client", "https://example.com/token", claims="oidc", lifetime=30)
+    first, second = (
+        json.loads(decoded(assertion.issue(SoftwareSigner(), now=1000).split(".")[1])) for _ in range(2)
+    )
+    assert list(first) == ["iss", "sub", "aud", "exp", "iat", "jti"]
+    assert (first["iat"], first["exp"]) == (1000, 1030)
+    assert first["jti"] != second["jti"]
