@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509 import load_der_x509_certificate
+from cryptography.x509 import Certificate, load_der_x509_certificate, load_pem_x509_certificate
 
-from hsm_signer import open_token
+from hsm_signer import enrolment, open_token
 from hsm_signer.errors import PinLockedError, PinRefusedError, PinRejectedError, TokenError
 from hsm_signer.hsm.token import Token
 from interop.waiting import wait_until
@@ -98,9 +99,11 @@ class Card:
     def tries(self) -> int:
         return int((self._memory / "tries").read_text())
 
+    def certificate(self, slot: str) -> Certificate:
+        return load_der_x509_certificate((self._memory / f"{slot}.der").read_bytes())
+
     def verify(self, slot: str, data: bytes, raw: bytes) -> None:
-        certificate = load_der_x509_certificate((self._memory / f"{slot}.der").read_bytes())
-        public = certificate.public_key()
+        public = self.certificate(slot).public_key()
         assert isinstance(public, ec.EllipticCurvePublicKey)
         r, s = int.from_bytes(raw[:32]), int.from_bytes(raw[32:])
         public.verify(utils.encode_dss_signature(r, s), data, ec.ECDSA(SHA256()))
@@ -142,6 +145,27 @@ def test_the_public_half_comes_from_the_card_and_is_proved(card: Card) -> None:
     with card.open() as token:
         assert len(token.signer(AUTHENTICATION).kid) == 43
         assert len(token.keys()) == 2
+
+
+@pytest.mark.parametrize(("key", "slot"), [(AUTHENTICATION, "9a"), (SIGNATURE, "9c")])
+def test_a_key_that_is_on_the_card_is_enrolled(card: Card, tmp_path: Path, key: str, slot: str) -> None:
+    with card.open() as token:
+        assert not enrolment.ensure_key(token, key, thumbprint=None)
+        made = enrolment.enrol(token, key, client_id="das", common_name="das", days=9, now=int(time.time()))
+    enrolment.write(made, tmp_path / "das")
+    certificate = load_pem_x509_certificate((tmp_path / "das" / enrolment.CERTIFICATE).read_bytes())
+    certificate.verify_directly_issued_by(certificate)
+    assert certificate.public_key() == card.certificate(slot).public_key()
+    assert made.proof.ok
+    assert "piv-9a" in (tmp_path / "das" / enrolment.README).read_text()
+
+
+def test_no_key_is_generated_on_the_card(card: Card) -> None:
+    with card.open() as token:
+        before = {info.id for info in token.keys()}  # noqa: SIM118  # a method, not a dict's
+        with pytest.raises(TokenError, match="CKR_"):
+            enrolment.ensure_key(token, "das-2028", thumbprint=None)
+        assert {info.id for info in token.keys()} == before  # noqa: SIM118
 
 
 def test_a_card_that_is_pulled_out_is_named_and_signs_again_once_it_is_back(card: Card) -> None:
