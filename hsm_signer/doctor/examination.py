@@ -41,6 +41,8 @@ class Examination:
     slot: "SlotInfo | None" = None
     token: "Token | None" = None
     signer: "HsmSigner | None" = None
+    resolved: bool = False
+    connected: bool = False  # to the server, or to the proxy on the way
     reached: bool = False
     metadata: "ServerMetadata | None" = None
     differing_audience: str | None = None

@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from hsm_signer import assembly
-from hsm_signer.assertion import MAX_LIFETIME
+from hsm_signer.assertion import MAX_CLOCK_OFFSET, MAX_LIFETIME
 from hsm_signer.doctor.examination import Examination, known
 from hsm_signer.doctor.finding import NotCheckedError, Outcome, ok, warning
-from hsm_signer.errors import OAuthError, TransportError, VerificationError
+from hsm_signer.errors import ConfigError, OAuthError, TransportError, VerificationError
 
 MIN_DAYS = 14  # that the server's certificate should have left; ACME clients renew earlier
 NOTABLE = 10  # seconds between two clocks that some servers mind
@@ -41,6 +41,7 @@ def proxy(x: Examination) -> Outcome:
     host, port = str(where.hostname), where.port or 80
     origin = x.settings.origin("proxy") if x.settings.proxy else "HTTPS_PROXY"
     _connect(host, port, x.settings.timeout[0], f"the proxy {host}:{port} (from {origin})").close()
+    x.connected = True
     return ok(f"{host}:{port} (from {origin}) accepts connections", {"proxy": True})
 
 
@@ -50,6 +51,7 @@ def name_resolution(x: Examination) -> Outcome:
     if x.proxy:
         raise NotCheckedError("the proxy resolves it")
     found = _addresses(host, x.server.port, host)
+    x.resolved = True
     return ok(f"{host}: {', '.join(found[:4])}", {"addresses": len(found)})
 
 
@@ -58,10 +60,11 @@ def connection(x: Examination) -> Outcome:
     server = x.server
     if x.proxy:
         raise NotCheckedError("the proxy connects: see TLS")
+    known(x.resolved, "DNS")
     began = time.perf_counter()
     with _connect(server.host.strip("[]"), server.port, x.settings.timeout[0], server.origin) as sock:
         peer = sock.getpeername()[0]
-    x.reached = server.scheme == "http"
+    x.connected, x.reached = True, server.scheme == "http"
     milliseconds = round((time.perf_counter() - began) * 1000)
     return ok(
         f"{peer} port {server.port} accepts connections after {milliseconds} ms",
@@ -74,6 +77,7 @@ def tls(x: Examination) -> Outcome:
     server = x.server
     if server.scheme == "http":
         raise NotCheckedError("http to loopback has no TLS")
+    known(x.connected, "proxy" if x.proxy else "TCP")
     context = x.transport.tls_context()
     if x.proxy and x.proxy.startswith("https:"):
         x.reached = True  # as far as we can tell; the requests that follow show it
@@ -125,24 +129,26 @@ def clock(x: Examination) -> Outcome:
         )
     if x.offline:
         raise NotCheckedError("there is no other clock to compare with")
-    known(x.reached, "TLS")
+    known(x.reached, "TLS" if x.server.scheme == "https" else "TCP")
     answer = x.transport.request("GET", x.server, deadline=x.deadline)
     theirs = timestamp(answer.date)
     if theirs is None:
         raise NotCheckedError("the server does not tell the time")
-    return _judge_lead(round(theirs - x.clock() - x.settings.clock_offset), x)
+    return _judge_lead(int(theirs) - int(x.clock()) - x.settings.clock_offset, x)
 
 
 def _judge_lead(lead: int, x: Examination) -> Outcome:
     """``lead``: seconds that the server's clock is ahead of the one that assertions are stamped with."""
-    offset, lifetime = x.settings.clock_offset, x.settings.lifetime
+    offset, lifetime = x.settings.clock_offset, min(x.settings.lifetime, MAX_LIFETIME)
     evidence = f"the server's clock agrees with ours, clock-offset {offset} s included"
     if lead:
         side = "ahead of" if lead > 0 else "behind"
         evidence = f"the server's clock is {abs(lead)} s {side} ours, clock-offset {offset} s included"
-    remedy = f"set the clock of this machine, or clock-offset = {offset + lead}"
+    remedy = "set the clock of this machine"
+    if abs(offset + lead) <= MAX_CLOCK_OFFSET:
+        remedy += f", or clock-offset = {offset + lead}"
     facts = {"server_clock_lead": lead}
-    if lead >= lifetime or lifetime - lead > MAX_LIFETIME:
+    if lead >= lifetime or lifetime - lead > MAX_LIFETIME + NOTABLE:
         raise VerificationError(f"{evidence}, but an assertion lives {lifetime} s", hint=remedy, clause="exp")
     if abs(lead) > NOTABLE:
         return warning(evidence, remedy, facts)
@@ -156,7 +162,7 @@ def discovery(x: Examination) -> Outcome:
     settings = x.settings
     if not settings.issuer:
         raise NotCheckedError("no issuer is set", 'issuer = "https://…" lets aud and keys be compared')
-    known(x.reached, "TLS")
+    known(x.reached, "TLS" if x.server.scheme == "https" else "TCP")
     x.metadata = discover(settings.issuer, x.transport, deadline=x.deadline)
     published = x.metadata.token_endpoint
     if settings.token_endpoint and published != settings.token_endpoint:
@@ -171,7 +177,10 @@ def discovery(x: Examination) -> Outcome:
 def audience(x: Examination) -> Outcome:
     """``aud`` is a name that the server publishes for itself (RFC 7523 §3)."""
     metadata = known(x.metadata, "discovery")
-    ours = x.settings.audience_for(x.settings.token_endpoint or metadata.token_endpoint)
+    try:
+        ours = x.settings.audience_for(x.settings.token_endpoint or metadata.token_endpoint)
+    except ConfigError:
+        raise NotCheckedError("aud is not one that we use: see configuration") from None
     names = {"token endpoint": metadata.token_endpoint, "issuer": metadata.issuer}
     for what, name in names.items():
         if ours == name:
@@ -199,7 +208,7 @@ def difference(ours: str, theirs: str) -> str:
 def token_request(x: Examination) -> Outcome:
     """The server gives us an access token."""
     known(x.signer, "key")
-    known(x.reached, "TLS")
+    known(x.reached, "TLS" if x.server.scheme == "https" else "TCP")
     settings = replace(x.settings, allow_narrower_scope=True)  # the next check judges it
     try:
         x.response = assembly.token_client(settings, x.login, cached=False).fetch(force=True)
