@@ -46,7 +46,9 @@ def test_the_signature_of_rfc_7515_a_3_verifies_and_is_r_then_s() -> None:
     assert signature[:4] == bytes([14, 209, 33, 83])  # R as A.3.1 prints it
     assert signature[32:36] == bytes([197, 10, 7, 211])  # and S
     signing_input = f"{RFC_7515_A_3_HEADER}.{RFC_7515_A_3_PAYLOAD}".encode()
-    PublicKey(point).verify(signature, signing_input)  # RFC 7518 §3.4: R and S as 32 bytes each, in this order
+    PublicKey(point).verify(
+        signature, signing_input
+    )  # RFC 7518 §3.4: R and S as 32 bytes each, in this order
 
 
 def test_the_header_of_rfc_7515_a_3_is_written_the_same() -> None:

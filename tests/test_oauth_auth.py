@@ -310,6 +310,21 @@ def test_a_redirect_to_another_host_takes_nothing_there_and_triggers_nothing(
     assert len(endpoint.seen) == 1
 
 
+def test_a_session_that_carries_authorization_along_makes_us_fetch_nothing_for_the_other_host(
+    session: requests.Session,
+    api: Endpoint,
+    ca: trustme.CA,
+    endpoint: Endpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "should_strip_auth", lambda *_: False)
+    with Endpoint(ca, REFUSED) as other:
+        api.answer = redirect(f"{other.origin}/steal")
+        assert session.get(api.origin).status_code == 401
+        assert bearers(other) == ["Bearer token-1"]  # that was the session's doing, and it stays with one
+    assert len(endpoint.seen) == 1
+
+
 def test_a_redirect_back_from_another_host_gets_nothing_either(
     session: requests.Session, api: Endpoint, ca: trustme.CA, endpoint: Endpoint
 ) -> None:

@@ -400,6 +400,17 @@ def test_a_broken_answer_is_an_error_that_says_it_may_have_been_sent(
     assert CANARY not in caplog.text
 
 
+def test_a_header_line_that_is_none_is_quoted_in_no_log(
+    ca: trustme.CA, transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    echo = b"you sent " + CANARY.encode() + b"\r\n"
+    with raw_server(ca, _says(HEAD + echo + b"Content-Length: 2\r\n\r\n{}")) as port:
+        post(transport, url_of(port))
+    assert "answered 200" in caplog.text
+    assert CANARY not in caplog.text
+
+
 def test_a_server_that_hangs_up_during_tls_got_nothing(transport: Transport) -> None:
     with raw_server(None, _hangs_up_in_tls) as port:
         error = failure(transport, url_of(port))

@@ -4,6 +4,7 @@
 redirects and keeps cookies. Imported on the first request only: requests takes longer than all the rest.
 """
 
+import logging
 import re
 import socket
 import ssl
@@ -23,6 +24,8 @@ from hsm_signer.errors import TransportError
 MAX_BODY = 1024 * 1024  # bytes
 
 _thread = threading.local()
+# urllib3 warns of header lines without a colon and quotes them: a server may have put an assertion there
+logging.getLogger("urllib3.connection").addFilter(lambda _: not hasattr(_thread, "exchange"))
 
 
 class Exchange:
@@ -91,7 +94,7 @@ class _Telling:
         super().connect()  # type: ignore[misc]
 
     def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        if self.is_closed:  # type: ignore[attr-defined]  # else http.client connects while it sends
+        if self.sock is None:  # type: ignore[attr-defined]  # else http.client connects while it sends
             self.connect()
         _thread.exchange.send(self)
         super().request(*args, **kwargs)  # type: ignore[misc]
