@@ -19,6 +19,7 @@ from hsm_signer import __version__, ecdsa, files, validity, x509
 from hsm_signer.errors import ConfigError, KeyExportableError, KeyMismatchError, KeyNotFoundError
 from hsm_signer.hsm.uri import key_uri
 from hsm_signer.jose import jwk_set
+from hsm_signer.text import printable
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.proof import Proof
@@ -86,9 +87,9 @@ class Enrolment:
             "Valid from": _iso(certificate.not_before),
             "Valid until": _iso(certificate.not_after),
             "Key thumbprint": f"{certificate.thumbprint} (RFC 7638)",
-            "Key in the token": f"{key.label}, CKA_ID {key.id.hex()}",
-            "Token": f"{token.label}, serial {token.serial}",
-            "Model": f"{token.manufacturer} {token.model}",
+            "Key in the token": printable(f"{key.label}, CKA_ID {key.id.hex()}"),
+            "Token": printable(f"{token.label}, serial {token.serial}"),
+            "Model": printable(f"{token.manufacturer} {token.model}"),
             "Made": _iso(datetime.fromtimestamp(self.made_at, UTC)),
             "By": ", ".join(f"{name} {number}" for name, number in _versions().items()),
         }

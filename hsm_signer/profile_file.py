@@ -12,12 +12,12 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from hsm_signer import files
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
-from hsm_signer.locks import try_lock
+from hsm_signer.locks import HeldLock, try_lock
 
 MAX_BYTES = 1 << 20
 LOCK_SECONDS = 30.0
@@ -35,28 +35,41 @@ def change(path: Path, profile: str, changes: Mapping[str, str | None]) -> None:
     write, or is written in a way that this does not edit.
     """
     path = path.resolve()  # a link stays one
-    before = files.read_bytes(path, max_size=MAX_BYTES, forbidden=files.UNTOUCHED)
-    after = changed(before.decode(), profile, changes).encode()
+    before = _read(path)
+    after = changed(before, profile, changes)
     if after == before:
         return
     if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):  # root may, and should not
         raise not_changed(f"{path} is read-only", profile, changes)
     try:
-        files.replace(path, after)
+        files.replace(path, after.encode())
     except OSError as exc:
         raise not_changed(f"{path} cannot be replaced ({exc.strerror})", profile, changes) from None
 
 
 def profiles(path: Path) -> dict[str, dict[str, object]]:
     """Read the profiles as they are written, without presets and defaults."""
-    text = files.read_bytes(path.resolve(), max_size=MAX_BYTES, forbidden=files.UNTOUCHED).decode()
-    tables = tomllib.loads(text).get("profiles", {})
+    tables = _parsed(_read(path.resolve())).get("profiles", {})
     return {name: settings for name, settings in tables.items() if isinstance(settings, dict)}
 
 
 @contextmanager
 def exclusive(state_directory: Path) -> Iterator[None]:
     """Hold the one lock of the user under which profiles are changed, and keys that they name deleted."""
+    try:
+        held = _locked(state_directory)
+    except OSError as failed:
+        raise ConfigError(
+            f"no lock in the state directory {state_directory}: {failed.strerror}",
+            hint="name a directory of ours in the profile (state-dir)",
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _locked(state_directory: Path) -> HeldLock:
     deadline = time.monotonic() + LOCK_SECONDS
     with files.private_directory(state_directory, forbidden=files.UNTOUCHED) as directory:
         while (held := try_lock(directory, "profiles.lock")) is None:
@@ -66,15 +79,12 @@ def exclusive(state_directory: Path) -> Iterator[None]:
                     hint="see which hsm-token process hangs",
                 )
             time.sleep(_POLL)
-        try:
-            yield
-        finally:
-            held.release()
+        return held
 
 
 def changed(text: str, profile: str, changes: Mapping[str, str | None]) -> str:
     """Give the text with the changes made; errors as in :func:`change`."""
-    wanted = deepcopy(tomllib.loads(text))
+    wanted = _parsed(text)
     settings = wanted.get("profiles", {}).get(profile)
     if not isinstance(settings, dict):
         raise ConfigError(f"no profile {profile!r} in the file")
@@ -99,6 +109,22 @@ def not_changed(reason: str, profile: str, changes: Mapping[str, str | None]) ->
     return ProfileNotChangedError(
         reason, lines=lines, hint="change these lines yourself: " + " / ".join(lines)
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return files.read_bytes(path, max_size=MAX_BYTES, forbidden=files.UNTOUCHED).decode()
+    except OSError as failed:
+        raise ConfigError(f"cannot read {path}: {failed.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as broken:
+        raise ConfigError(f"the profiles are in no TOML: {broken}") from None
 
 
 def _means(text: str, wanted: Mapping[str, object]) -> bool:

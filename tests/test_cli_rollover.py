@@ -124,8 +124,11 @@ def test_a_profile_that_is_read_only_gets_the_lines_to_change_printed(rollover: 
 
 
 def test_one_rollover_at_a_time_and_not_to_the_key_in_use(rollover: Rollover) -> None:
-    same = rollover.run("rollover", "prepare", str(rollover.profile["key"]))
+    same = rollover.run("rollover", "prepare", "first", "--out", str(rollover.office.home / "same"))
     assert (same.status, same.stdout) == (2, "")
+    assert not (rollover.office.home / "same").exists()
+    for odd in ("pkcs11:id=%07", "../next"):
+        assert rollover.run("rollover", "prepare", odd).status == 2
     rollover.prepared()
     done = rollover.run("rollover", "prepare", "third", "--out", str(rollover.office.home / "third"))
     assert (done.status, done.stdout) == (2, "")

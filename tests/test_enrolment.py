@@ -17,7 +17,7 @@ from stranger import plant
 
 from hsm_signer import enrolment, open_token
 from hsm_signer.enrolment import Enrolment, check_free, enrol, ensure_key, in_groups, write
-from hsm_signer.errors import ConfigError, KeyMismatchError, KeyNotFoundError
+from hsm_signer.errors import ConfigError, KeyExportableError, KeyMismatchError, KeyNotFoundError
 from hsm_signer.hsm.token import Token
 
 NOW = 1_795_000_000
@@ -197,6 +197,16 @@ def test_another_key_than_the_pinned_one_is_not_enrolled(token: Token) -> None:
     token.generate_key("other")
     with pytest.raises(KeyMismatchError):
         enrol(token, "other", client_id=CLIENT, common_name="das", days=730, now=NOW, thumbprint="A" * 43)
+
+
+def test_a_key_that_can_leave_the_token_is_not_enrolled(token: Token, soft_token: SoftToken) -> None:
+    soft_token.pkcs11_tool(
+        *("--keypairgen", "--key-type", "EC:prime256v1", "--label", "leaky", "--usage-sign", "--extractable")
+    )
+    with pytest.raises(KeyExportableError):
+        ensure_key(token, "leaky", thumbprint=None)
+    with pytest.raises(KeyExportableError):
+        enrol(token, "leaky", client_id=CLIENT, common_name="das", days=730, now=NOW)
 
 
 def test_a_planted_public_key_is_not_enrolled(token: Token, soft_token: SoftToken, tmp_path: Path) -> None:

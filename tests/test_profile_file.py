@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
-from hsm_signer.profile_file import change, changed
+from hsm_signer.profile_file import change, changed, exclusive
 
 FILE = """\
 # our office
@@ -156,6 +156,23 @@ def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:
     change(link, "das", {"key": "das-2028"})
     assert link.is_symlink()
     assert "das-2028" in file.read_text()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b"profiles = ", b"[profiles.other]\n"])
+def test_a_file_that_is_gone_or_damaged_is_a_configuration_error(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "config.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError):
+        change(file, "das", {"key": "das-2028"})
+
+
+def test_a_state_directory_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match="state"), exclusive(tmp_path / "file" / "state"):
+        pytest.fail("no lock was taken")
 
 
 def test_a_file_that_is_not_ours_to_write_is_left_and_the_lines_are_named(tmp_path: Path) -> None:

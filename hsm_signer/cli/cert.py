@@ -36,7 +36,7 @@ def self_signed(
     store: Annotated[bool, typer.Option("--store", help="Store it on the token beside the key.")] = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Make the certificate that is registered at the authorization server.
+    """Make the certificate that the server registers.
 
     Example: hsm-token cert self-signed --profile das --out es256_cert.pem
     """
@@ -64,7 +64,7 @@ def request(
     subject: Subject = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Make a certificate request (PKCS#10), for a CA of your own to sign.
+    """Make a certificate request (PKCS#10) for a CA of your own.
 
     Example: hsm-token cert request --profile das --subject "CN=das-2026,O=Office,C=CH" --out das.csr
     """
@@ -85,7 +85,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="What the CA returned, PEM or DER; a chain is searched.")],
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Store a certificate on the token under its key, after checking that it holds this key.
+    """Store a certificate on the token, under the key that it holds.
 
     Example: hsm-token cert import das-2026.crt --profile das
     """
@@ -101,6 +101,8 @@ def import_(
             )
         token.store_certificate(str(settings.key), own[0].der)
     terminal.note(f"stored the certificate of {own[0].subject}, issued by {own[0].issuer}")
+    if settings.certificate:
+        terminal.note(f"the profile's certificate is {settings.certificate}: name the new file there")
 
 
 @cert.command()
@@ -114,7 +116,7 @@ def check(
     as_json: options.Json = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Exit with status 8 if a certificate ends soon or has ended; for monitoring.
+    """Exit with status 8 if a certificate ends soon; for monitoring.
 
     Looked at are the files given, else those that the profile names, else the certificates of the key on the
     token; only for the last a PIN is needed.

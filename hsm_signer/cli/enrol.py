@@ -39,9 +39,9 @@ def enroll(
     as_json: options.Json = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Generate the key, or take the one that is there, and write the folder that registers it.
+    """Make or take the key, prove it, and write the folder that registers it.
 
-    Asks on a terminal for what is missing. Prints the path of the one file to send.
+    On a terminal it asks for what is missing. It prints the path of the one file to send.
 
     Example: hsm-token enroll --profile das --key das-2026 --out das-2026
     """
@@ -63,8 +63,9 @@ def make(
     subject: str | None,
     days: int,
     store: bool,
+    in_use: str | None = None,
 ) -> "Enrolment":
-    """Make sure of the key, enrol it and write the folder."""
+    """Make sure of the key, which is not the one ``in_use``, enrol it and write the folder."""
     from hsm_signer import enrolment
 
     key, pinned = str(settings.key), settings.key_thumbprint
@@ -85,6 +86,8 @@ def make(
     if generated:
         assembly.record(settings, "key generated", token.info, thumbprint=thumbprint)
     assembly.record(settings, "certificate made", token.info, thumbprint=thumbprint)
+    if made.certificate.thumbprint == in_use:
+        raise ConfigError(f"{key} is the key in use", hint="give the next key another label")
     if store:
         token.store_certificate(key, made.certificate.der)
     enrolment.write(made, folder)

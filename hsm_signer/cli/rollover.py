@@ -12,6 +12,7 @@ from hsm_signer.cli import enrol, options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
+from hsm_signer.hsm.uri import key_uri
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.token import Token
@@ -35,21 +36,29 @@ def prepare(
     as_json: options.Json = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Make the next key and the folder that registers it, beside the key in use.
+    """Make the next key and the folder that registers it.
 
     Example: hsm-token rollover prepare das-2028 --profile das --out das-2028
     """
     from hsm_signer import enrolment
 
     path, profile = _profile(settings)
+    settings.require("client_id")
     rollover.check_none_is_prepared(path, profile)
-    if next_key == settings.key:
-        raise ConfigError(f"{next_key} is the key in use", hint="the next key has another label")
     name = common_name_of(settings, common_name, subject)
-    folder = out or Path(next_key)
+    folder = out or Path(_label(next_key))
     upcoming = rollover.following(replace(settings, next_key=next_key))
     with assembly.open_token(settings, options.login(retry_pin)) as token:
-        made = enrol.make(upcoming, token, folder, common_name=name, subject=subject, days=days, store=store)
+        made = enrol.make(
+            upcoming,
+            token,
+            folder,
+            common_name=name,
+            subject=subject,
+            days=days,
+            store=store,
+            in_use=settings.key_thumbprint,
+        )
         try:
             rollover.prepare(
                 token,
@@ -68,7 +77,7 @@ def prepare(
 @group.command()
 @options.configured(*options.TOKEN)
 def status(settings: Settings, as_json: options.Json = False, retry_pin: options.RetryPin = False) -> None:
-    """Show the key in use and the next one, their certificates and the days that are left.
+    """Show the keys in use and next, their certificates and days left.
 
     Example: hsm-token rollover status --profile das
     """
@@ -85,6 +94,14 @@ def status(settings: Settings, as_json: options.Json = False, retry_pin: options
     )
 
 
+def _label(key: str) -> str:
+    """The key's label, as the name of a folder."""
+    label = key_uri(key).object
+    if label is None or Path(label).name != label:
+        raise ConfigError(f"no folder is called like {key}", hint="use --out")
+    return label
+
+
 def _cell(value: object) -> str:
     match value:
         case None:
@@ -97,7 +114,7 @@ def _cell(value: object) -> str:
 @group.command("try")
 @options.configured(*options.TOKEN, *options.OAUTH)
 def try_next(settings: Settings, as_json: options.Json = False, retry_pin: options.RetryPin = False) -> None:
-    """Ask the server for an access token with the next key; nothing is cached, shown or changed.
+    """Ask the server with the next key; nothing is cached or changed.
 
     Example: hsm-token rollover try --profile das
     """
@@ -121,9 +138,9 @@ def switch(
     force: Annotated[bool, typer.Option("--force", help="Switch without asking the server first.")] = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Make the next key the key in use, if the server takes it; the old one stays on the token.
+    """Make the next key the key in use, if the server takes it.
 
-    Where the profile cannot be written, its lines to change are printed.
+    The old one stays on the token. Where the profile cannot be written, the lines to change are printed.
 
     Example: hsm-token rollover switch --profile das
     """
@@ -154,7 +171,9 @@ def retire(
     ] = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Destroy the old key, which no profile in the file may use. There is no way back.
+    """Destroy the old key, which no profile may use any more.
+
+    There is no way back.
 
     Example: hsm-token rollover retire --profile das
     """
