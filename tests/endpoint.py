@@ -150,3 +150,34 @@ def raw_server(
             listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join()
+
+
+@contextlib.contextmanager
+def connect_proxy(
+    ca: trustme.CA | None, target: int, answer: bytes = b"200 Go"
+) -> Iterator[tuple[int, list[bytes]]]:
+    """A proxy that knows CONNECT and brings everybody to the port ``target``."""
+    heard: list[bytes] = []
+
+    def pipe(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def talk(client: socket.socket) -> None:
+        request = b""
+        while b"\r\n\r\n" not in request and (more := client.recv(65536)):
+            request += more
+        heard.append(request)
+        client.sendall(b"HTTP/1.1 " + answer + b"\r\n\r\n")
+        if answer.startswith(b"200"):
+            with socket.create_connection(("127.0.0.1", target)) as server:
+                back = threading.Thread(target=pipe, args=(server, client))
+                back.start()
+                pipe(client, server)
+                back.join()
+
+    with raw_server(ca, talk) as port:
+        yield port, heard

@@ -20,7 +20,7 @@ import pytest
 import requests.adapters
 import trustme
 from canary import assert_no_trace
-from endpoint import Endpoint, Reply, raw_server
+from endpoint import Endpoint, Reply, connect_proxy, raw_server
 
 from hsm_signer import __version__
 from hsm_signer.errors import ConfigError, TransportError
@@ -217,37 +217,6 @@ def test_a_netrc_adds_no_credentials(
 
 
 # --- the proxy -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def connect_proxy(
-    ca: trustme.CA | None, target: int, answer: bytes = b"200 Go"
-) -> Iterator[tuple[int, list[bytes]]]:
-    """A proxy that knows CONNECT and brings everybody to the port ``target``."""
-    heard: list[bytes] = []
-
-    def pipe(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-    def talk(client: socket.socket) -> None:
-        request = b""
-        while b"\r\n\r\n" not in request and (more := client.recv(65536)):
-            request += more
-        heard.append(request)
-        client.sendall(b"HTTP/1.1 " + answer + b"\r\n\r\n")
-        if answer.startswith(b"200"):
-            with socket.create_connection(("127.0.0.1", target)) as server:
-                back = threading.Thread(target=pipe, args=(server, client))
-                back.start()
-                pipe(client, server)
-                back.join()
-
-    with raw_server(ca, talk) as port:
-        yield port, heard
 
 
 def test_a_proxy_sees_the_name_and_its_own_password_only(endpoint: Endpoint, ca_bundle: str) -> None:

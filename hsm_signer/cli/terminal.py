@@ -24,8 +24,8 @@ def result_now(text: str) -> None:
 
 
 def json_result(value: object) -> None:
-    """Write the result as JSON, for programs: values of ours as objects, bytes in hex."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=_jsonable))
+    """Write the result as JSON, in ASCII: values of ours as objects, bytes in hex."""
+    print(json.dumps(value, indent=2, default=_jsonable))
 
 
 def _jsonable(value: object) -> object:

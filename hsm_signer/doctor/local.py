@@ -194,7 +194,7 @@ def login(x: Examination) -> Outcome:
         ask = how.prompt
 
         def ask_or_pass(question: str) -> str:
-            pin = ask(f"{question.rstrip(': ')} (Enter alone goes on without)")
+            pin = ask(f"{question.rstrip(': ')} (Enter alone goes on without): ")
             if not pin:
                 raise NotCheckedError("no PIN was typed")
             return pin
