@@ -17,7 +17,7 @@ SIZE = 32  # bytes of a coordinate of P-256, and of r and s
 _ORDERS = {  # of the base points of P-256, P-384 and P-521, by size in bytes: FIPS 186-4 D.1.2
     32: 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551,
     48: 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973,
-    66: 0x01FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFA51868783BF2F966B7FCC0148F709A5D03BB5C9B8899C47AEBB6FB71E91386409,  # noqa: E501
+    66: 0x01FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFA51868783BF2F966B7FCC0148F709A5D03BB5C9B8899C47AEBB6FB71E91386409,  # noqa: E501
 }  # fmt: skip
 _ZERO, _ORDER = bytes(SIZE), _ORDERS[SIZE].to_bytes(SIZE)
 # SEQUENCE of AlgorithmIdentifier (id-ecPublicKey, secp256r1) and the head of the BIT STRING
@@ -42,6 +42,8 @@ def raw_from_der(der: bytes, size: int = SIZE) -> bytes:
     """
     if type(der) is not bytes:
         raise SignatureFormatError(f"a DER signature is bytes, found {type(der).__name__}")
+    if size not in _ORDERS or len(der) > 2 * size + 9:  # 9: all tags, lengths and signs, for P-521
+        raise SignatureFormatError(f"{len(der)} bytes are no DER ECDSA signature of {size}-byte integers")
     try:
         value = _ecdsa_sig_value().load(der, strict=True)
         r, s = value["r"].native, value["s"].native
@@ -86,7 +88,7 @@ def raw_from_device(answer: bytes) -> bytes:
 
 
 def _raw(r: int, s: int, size: int) -> bytes:
-    order = _ORDERS.get(size, 0)
+    order = _ORDERS[size]
     if not (0 < r < order and 0 < s < order):
         raise SignatureFormatError("r or s of the ECDSA signature is outside 1…n−1")
     return r.to_bytes(size) + s.to_bytes(size)
