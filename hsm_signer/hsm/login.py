@@ -120,6 +120,7 @@ class Login:
             self.users -= 1
             if self.users == 0:
                 self._log_out()
+                self._source = self._pin = None
                 self.module.logins.pop(self.key, None)
 
     def fetch(self, pin: Pin) -> str | PinPad:
@@ -259,6 +260,8 @@ class Login:
                     f"slot {info.slot_id} holds another token now", candidates=[info.identity]
                 )
             self._judge(info.flags, allow_final_try=allow_final_try)
+            if "USER_PIN_COUNT_LOW" in info.flags:
+                log.warning("token %r: a wrong PIN was tried since the last login", info.label)
             yield token, attempt
 
     def _open(self, token: Any) -> Any:  # noqa: ANN401
@@ -329,8 +332,6 @@ class Login:
                 f"token {label} allows one last try (CKF_USER_PIN_FINAL_TRY), which is not spent",
                 hint="log in once with the right PIN and the token's own tool, or allow the final try",
             )
-        if "USER_PIN_COUNT_LOW" in flags:
-            log.warning("token %s: a wrong PIN was tried since the last login", label)
 
     def _logged_in_by_others(self) -> bool:
         """Whether a part of this process that is not ours, or a parent before a fork, has logged in."""

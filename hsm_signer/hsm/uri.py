@@ -113,6 +113,10 @@ def _is_uri(text: str) -> bool:
 def _label(text: str, what: str) -> str:
     if not text:
         raise ConfigError(f"the label of the {what} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # an argument of the command line that is no UTF-8
+        raise ConfigError(f"the label of the {what} is no UTF-8 text") from None
     return text
 
 
