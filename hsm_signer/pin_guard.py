@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -206,6 +206,22 @@ class LoginGuard:
             f"{_describe(standing)} did not succeed; another try could lock the token, so none is made",
             hint="check the PIN, then log in at a prompt (--pin-source prompt) or run once with --retry-pin",
         )
+
+
+@contextmanager
+def in_turn(token_identity: str) -> Iterator[Attempt]:
+    """Let a login with a PIN that the program has wait for others, and leave no marker.
+
+    Some tokens fail where processes log in at the same time (SoftHSM2: ``CKR_GENERAL_ERROR``), as the workers
+    of a server do. Without a state directory, or where the other login takes long, it goes on all the same.
+    """
+    with ExitStack() as held:
+        with suppress(OSError, UnsafeFileError):
+            directory = held.enter_context(
+                files.private_directory(paths.state_directory(), forbidden=files.UNTOUCHED)
+            )
+            _lock(held, directory, _name(token_identity), PROMPT_WAIT)
+        yield Attempt(None, source=None)
 
 
 class _Marker:

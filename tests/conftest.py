@@ -53,6 +53,17 @@ class SoftToken:
         return done.stdout
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home for what a test forgets to put elsewhere: nobody's own state or cache is read or written."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(home))
+        for name in [name for name in os.environ if name.startswith(("XDG_", "HSM_TOKEN_"))]:
+            patch.delenv(name)
+        yield home
+
+
 @pytest.fixture(scope="session")
 def softhsm_module() -> str:
     found = next((path for path in MODULES if Path(path).exists()), None)

@@ -37,7 +37,7 @@ from hsm_signer.errors import (
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.module import FoundToken, Module, TokenInfo, token_info, tokens
 from hsm_signer.pin import PIN_PAD, PinPad, PinSource
-from hsm_signer.pin_guard import Attempt
+from hsm_signer.pin_guard import Attempt, in_turn
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.sessions import Lane
@@ -382,18 +382,10 @@ class Login:
         return hmac.digest(_HASH_KEY, f"{self.info.identity}\0{pin}".encode(), hashlib.sha256)
 
 
-def _attempt(pin: Pin | None, identity: str) -> AbstractContextManager[Any]:
-    return pin.attempt(identity) if isinstance(pin, PinSource) else nullcontext(_Unguarded())
-
-
-class _Unguarded:
-    """A login with a PIN that came as text or from a plain callable: nothing is noted on disk."""
-
-    def begin(self) -> None: ...
-
-    def succeeded(self) -> None: ...
-
-    def failed(self, code: str | None) -> None: ...
+def _attempt(pin: Pin | None, identity: str) -> AbstractContextManager[Attempt]:
+    if isinstance(pin, PinSource):
+        return pin.attempt(identity)
+    return nullcontext(Attempt(None, source=None)) if isinstance(pin, PinPad) else in_turn(identity)
 
 
 def _locked(label: str, code: str) -> PinLockedError:

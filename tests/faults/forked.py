@@ -1,6 +1,6 @@
 """A forking server in small: the parent signs, then forks workers, as gunicorn does with --preload.
 
-``python forked.py MODULE TOKEN KEY STATE``, the PIN in the variable ``PIN``. Exits 0 if all is as it must be.
+``python forked.py MODULE TOKEN KEY``, the PIN in the variable ``PIN``. Exits 0 if all is as it must be.
 """
 
 import os
@@ -8,13 +8,11 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from faults.test_misbehaviour import DATA, verify
 from hsm_signer import open_token
 from hsm_signer.errors import ForkedError
 from hsm_signer.hsm.token import Token
-from hsm_signer.pin import from_source
 
 WORKERS = 8
 SECONDS = 60
@@ -28,12 +26,9 @@ def expect_forked(what: str, call: Callable[[], object]) -> None:
     raise AssertionError(f"{what} did not raise ForkedError")
 
 
-def main(module: str, uri: str, key: str, state: str) -> None:
-    # as a service has it: logins of the workers wait for each other, which SoftHSM2 needs (CKR_GENERAL_ERROR)
-    pin = from_source("env:PIN", state_directory=Path(state))
-
+def main(module: str, uri: str, key: str) -> None:
     def opened() -> AbstractContextManager[Token]:
-        return open_token(uri, module=module, pin=pin)
+        return open_token(uri, module=module, pin=os.environ["PIN"])
 
     def worker() -> None:
         signal.alarm(SECONDS)  # a worker that hangs is killed by SIGALRM

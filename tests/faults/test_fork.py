@@ -16,8 +16,8 @@ PROGRAM = Path(__file__).with_name("forked.py")
 TESTS = PROGRAM.parents[1]
 
 
-def run(module: str, token: SoftToken, state: Path) -> None:
-    command = [sys.executable, str(PROGRAM), module, token.uri, KEY, str(state)]
+def run(module: str, token: SoftToken) -> None:
+    command = [sys.executable, str(PROGRAM), module, token.uri, KEY]
     environment = os.environ | {"PIN": token.pin, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -30,13 +30,13 @@ def token(new_token: Callable[[], SoftToken]) -> SoftToken:
     return token
 
 
-def test_workers_of_a_parent_that_has_signed_sign_with_softhsm(token: SoftToken, tmp_path: Path) -> None:
-    run(token.module, token, tmp_path)
+def test_workers_of_a_parent_that_has_signed_sign_with_softhsm(token: SoftToken) -> None:
+    run(token.module, token)
 
 
 def test_workers_of_a_parent_that_has_signed_sign_with_p11_kit(token: SoftToken, tmp_path: Path) -> None:
     remote = Remote(token, tmp_path)
     try:
-        run(remote.module, token, tmp_path)
+        run(remote.module, token)
     finally:
         remote.close()

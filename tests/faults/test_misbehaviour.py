@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,3 +238,13 @@ def test_a_token_that_is_pulled_out_is_named_and_signs_once_it_is_back(behind: B
         behind.faulty.set()
         verify(signer, signer.sign(DATA))
     assert behind.faulty.sessions() == 0
+
+
+def test_a_pin_that_the_program_has_needs_no_state_directory(
+    behind: Behind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file" / "state"))
+    with behind.open() as token:
+        signer = token.signer(KEY)
+        verify(signer, signer.sign(DATA))
