@@ -77,7 +77,9 @@ def test_no_bytes_verify_or_raise_anything_but_our_errors(signature: bytes) -> N
 
 
 @pytest.mark.parametrize(
-    "signature", [b"", SIGNATURE[:-1], SIGNATURE + b"\0", KEY.sign(DATA, ec.ECDSA(SHA256()))]
+    "signature",
+    [b"", SIGNATURE[:-1], SIGNATURE + b"\0", KEY.sign(DATA, ec.ECDSA(SHA256()))],
+    ids=["empty", "too short", "too long", "DER"],
 )
 def test_a_signature_is_r_then_s_of_64_bytes(signature: bytes) -> None:
     with pytest.raises(SignatureFormatError):
