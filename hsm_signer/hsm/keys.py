@@ -207,6 +207,7 @@ def _described(handle: Any) -> FoundKey:  # noqa: ANN401
 
 def read(handle: Any, attributes: Iterable[Attribute]) -> dict[Attribute, Any]:  # noqa: ANN401
     """Those of the attributes that the object has; one by one where the token cannot do it in one go."""
+    failed: PKCS11Error | None = None
     try:
         return dict(handle.get_attributes(list(attributes)))
     except _NOT_THERE:
@@ -214,8 +215,12 @@ def read(handle: Any, attributes: Iterable[Attribute]) -> dict[Attribute, Any]: 
         for attribute in attributes:
             try:
                 found[attribute] = handle[attribute]
-            except _NOT_THERE:
+            except (AttributeTypeInvalid, AttributeSensitive):
                 continue
+            except _NOT_THERE as exc:
+                failed = exc
+        if failed and not found:
+            raise failed from None
         return found
 
 
