@@ -275,6 +275,31 @@ def test_a_pin_source_leaves_no_marker_after_a_device_that_never_saw_the_pin(
         assert token.keys()
 
 
+SHARED = """
+import os, sys
+import pkcs11
+from pkcs11 import Attribute, ObjectClass
+from hsm_signer import open_token
+
+uri, label, module, key = sys.argv[1:]
+other = pkcs11.lib(os.path.realpath(module))
+theirs = other.get_token(token_label=label).open(user_pin=os.environ["TEST_PIN"])
+for _ in range(3):
+    with open_token(uri, module=module, pin=lambda: sys.exit("asked")) as token:
+        assert len(token.signer(key).sign(b"data")) == 64
+assert len(list(theirs.get_objects({Attribute.CLASS: ObjectClass.PRIVATE_KEY}))) == 1
+"""
+
+
+def test_a_login_of_another_part_of_the_process_is_used_and_left_alone(
+    behind: SoftToken, faulty: FaultyModule
+) -> None:
+    command = [sys.executable, "-c", SHARED, behind.uri, behind.label, behind.module, KEY]
+    done = subprocess.run(command, env=os.environ | {"TEST_PIN": behind.pin}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (faulty.calls("C_Login"), faulty.calls("C_Logout")) == (1, 0)
+
+
 # ---- sessions and threads ----
 
 

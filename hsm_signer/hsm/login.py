@@ -97,8 +97,8 @@ class Login:
 
     @property
     def stale(self) -> bool:
-        """Whether a login was lost that the PIN could bring back."""
-        return self._pin is not None and self._anchor is None and not self._foreign
+        """Whether a login was lost."""
+        return self._source is not None and self._anchor is None and not self._foreign
 
     def enter(self, pin: Pin | None, info: TokenInfo, *, allow_final_try: bool) -> None:
         """Log in unless somebody has; ``info``: the token's flags as just read."""
@@ -197,6 +197,11 @@ class Login:
         with self.module.lock, ExitStack() as held:
             if self.epoch != seen:
                 return
+            if self.stale and self._pin is None:
+                raise PinRefusedError(
+                    f"the login to token {self.info.label!r} was lost, and it rejected the PIN that worked before",
+                    hint="open the token again, with its PIN of today",
+                )
             for lane in self.lanes:
                 held.enter_context(lane.lock)
             for lane in self.lanes:
@@ -206,7 +211,7 @@ class Login:
             self.epoch += 1
             found = self._find_again()
             self.token, self.info = found.token, found.info
-            if self._pin is not None and self._source is not None:
+            if self._source is not None and self._pin is not None:
                 self._log_in(self._source, self._pin, allow_final_try=False)
             elif foreign:
                 self._foreign = self._logged_in_by_others()
@@ -232,7 +237,8 @@ class Login:
             if exc.code != _ALREADY:
                 self._close_spares()
                 raise
-            self._foreign = True
+            self._foreign = True  # and whether the PIN is right, nobody knows
+            return
         except BaseException:
             self._close_spares()
             raise
