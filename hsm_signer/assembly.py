@@ -144,7 +144,7 @@ def token_client(settings: Settings, login: Login | None, *, cached: bool = True
 
     Without ``login`` there is no signer either: for assertions that were made elsewhere.
     """
-    endpoint = token_endpoint(settings)
+    endpoint = token_endpoint(settings, cached=cached)
     return TokenClient(
         endpoint,
         assertion=client_assertion(settings, endpoint),
@@ -156,19 +156,20 @@ def token_client(settings: Settings, login: Login | None, *, cached: bool = True
         timeout=settings.timeout,
         deadline=settings.deadline,
         allow_narrower_scope=settings.allow_narrower_scope,
+        attended=(settings.pin_source or default_pin_source()) in ("prompt", "pinpad"),
     )
 
 
-def token_endpoint(settings: Settings) -> str:
+def token_endpoint(settings: Settings, *, cached: bool = True) -> str:
     """The configured token endpoint, else the one that the pinned issuer publishes (RFC 8414)."""
     if settings.token_endpoint:
         return settings.token_endpoint
     if not settings.issuer:
         settings.require("token_endpoint")
-    return server_metadata(settings).token_endpoint
+    return server_metadata(settings, cached=cached).token_endpoint
 
 
-def server_metadata(settings: Settings) -> "ServerMetadata":
+def server_metadata(settings: Settings, *, cached: bool = True) -> "ServerMetadata":
     """What the pinned issuer publishes, from the cache or the server."""
     from hsm_signer.oauth.metadata import MetadataCache, discover
 
@@ -179,7 +180,7 @@ def server_metadata(settings: Settings) -> "ServerMetadata":
         issuer,
         transport(settings, issuer),
         deadline=time.monotonic() + settings.deadline,
-        cache=MetadataCache(cache_directory(settings), identity),
+        cache=MetadataCache(cache_directory(settings), identity) if cached else None,
     )
 
 
@@ -191,8 +192,18 @@ def transport(settings: Settings, url: str) -> Transport:
 def access_token_cache(settings: Settings, endpoint: str) -> TokenCache:
     """The cache of access tokens, keyed by all that an access token depends on (DESIGN 3)."""
     names = (
-        "issuer", "client_id", "scope", "claims", "module", "token", "key", "key_thumbprint", "ca_bundle", "proxy",
-    )  # fmt: skip
+        "issuer",
+        "client_id",
+        "scope",
+        "allow_narrower_scope",
+        "claims",
+        "module",
+        "token",
+        "key",
+        "key_thumbprint",
+        "ca_bundle",
+        "proxy",
+    )
     identity = {name: getattr(settings, name) for name in names}
     identity |= {"endpoint": endpoint, "audience": settings.audience_for(endpoint)}
     return TokenCache(cache_directory(settings), identity)

@@ -175,11 +175,15 @@ def jwks_url(url: str, transport: Transport) -> Callable[[], object]:
     return fetch
 
 
-def issuer_keys(issuer: str, transport: Transport) -> Callable[[], object]:
-    """Fetch the JWK Set that an issuer publishes (RFC 8414 §2, ``jwks_uri``)."""
+def issuer_keys(issuer: str, transport: Transport, *, allowed: Collection[str] = ()) -> Callable[[], object]:
+    """Fetch the JWK Set that an issuer publishes (RFC 8414 §2, ``jwks_uri``).
+
+    ``allowed``: endpoints that the profile names, as in :func:`hsm_signer.oauth.metadata.discover`.
+    """
 
     def fetch() -> object:
-        metadata = discover(issuer, transport, deadline=time.monotonic() + FETCH_SECONDS)
+        deadline = time.monotonic() + FETCH_SECONDS
+        metadata = discover(issuer, transport, deadline=deadline, allowed=allowed)
         if metadata.jwks_uri is None:
             raise VerificationError(f"the issuer {issuer} publishes no keys", clause="jwks")
         return jwks_url(metadata.jwks_uri, transport)()

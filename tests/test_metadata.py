@@ -13,6 +13,7 @@ from faults.servers import Behaviour, Connection, Server, respond
 from hsm_signer.errors import ConfigError, MetadataError, TransportError
 from hsm_signer.oauth.metadata import MAX_AGE, MetadataCache, ServerMetadata, discover
 from hsm_signer.oauth.transport import Transport
+from hsm_signer.verify import issuer_keys
 
 OPENID = "/.well-known/openid-configuration"
 OAUTH = "/.well-known/oauth-authorization-server"
@@ -201,6 +202,21 @@ def test_an_endpoint_that_the_profile_names_is_taken(
             find(allowed=[other])
 
 
+def test_keys_are_found_beside_a_token_endpoint_that_the_profile_names(
+    server: Server, issuer: str, transport: Transport
+) -> None:
+    named = "https://api.example/token"
+    metadata = respond(body=document(issuer, token_endpoint=named))
+
+    def behave(connection: Connection) -> bool | None:
+        return (respond(body={"keys": []}) if connection.path == "/am/oauth2/keys" else metadata)(connection)
+
+    server.behaviours[:] = [behave]
+    assert issuer_keys(issuer, transport, allowed=[named])() == {"keys": []}
+    with pytest.raises(MetadataError, match="not on the issuer's origin"):
+        issuer_keys(issuer, transport)()
+
+
 def test_naming_an_http_endpoint_does_not_help_it(
     server: Server, issuer: str, find: Callable[..., ServerMetadata]
 ) -> None:
@@ -294,7 +310,7 @@ def cache(tmp_path: Path, issuer: str) -> MetadataCache:
     return MetadataCache(tmp_path / "cache", {"issuer": issuer})
 
 
-def test_a_document_is_fetched_once_an_hour(
+def test_a_document_is_fetched_once_a_day(
     server: Server, issuer: str, find: Callable[..., ServerMetadata], cache: MetadataCache
 ) -> None:
     publish(server, respond(body=document(issuer)))

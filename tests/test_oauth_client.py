@@ -292,6 +292,51 @@ def test_one_of_many_clients_asks_where_they_share_a_cache(
     assert {type(response) for response in responses} == {TokenResponse}
 
 
+def test_while_a_person_is_asked_for_the_pin_the_others_fetch(
+    endpoint: Endpoint, client: Callable[..., TokenClient], signer: SoftwareSigner, tmp_path: Path
+) -> None:
+    asked, typed = threading.Event(), threading.Event()
+    got: list[TokenResponse] = []
+
+    @contextmanager
+    def slow_person() -> Iterator[SoftwareSigner]:
+        asked.set()
+        assert typed.wait(WITHIN)
+        yield signer
+
+    def interactive() -> None:
+        options = {"signer": slow_person, "cache": cache_in(tmp_path / "c"), "attended": True}
+        got.append(client(**options).fetch())
+
+    person = threading.Thread(target=interactive)
+    person.start()
+    assert asked.wait(WITHIN)
+    unattended = client(cache=cache_in(tmp_path / "c"), deadline=5).fetch()
+    typed.set()
+    person.join()
+    assert got == [unattended]
+    assert len(endpoint.seen) == 1
+
+
+def test_the_time_that_a_person_takes_does_not_count(
+    client: Callable[..., TokenClient], signer: SoftwareSigner, tmp_path: Path
+) -> None:
+    @contextmanager
+    def slow_person() -> Iterator[SoftwareSigner]:
+        time.sleep(4)
+        yield signer
+
+    asking = client(signer=slow_person, cache=cache_in(tmp_path / "c"), deadline=3, attended=True)
+    assert asking.fetch().access_token == GRANT["access_token"]
+
+
+def test_a_person_is_not_asked_where_the_cache_has_it(
+    endpoint: Endpoint, client: Callable[..., TokenClient], tmp_path: Path
+) -> None:
+    kept = client(cache=cache_in(tmp_path / "c")).fetch()
+    assert client(signer=None, cache=cache_in(tmp_path / "c"), attended=True).fetch() == kept
+
+
 def test_a_hit_in_the_cache_loads_nothing_heavy(
     endpoint: Endpoint, client: Callable[..., TokenClient], ca_bundle: str, tmp_path: Path
 ) -> None:

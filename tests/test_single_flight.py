@@ -1,5 +1,6 @@
 """``hsm-token fetch``, by many processes at once and again: one asks, all have the answer."""
 
+import os
 import re
 import subprocess
 import sys
@@ -35,11 +36,12 @@ def scratch(tls_office: Office, counting: Endpoint, tmp_path: Path) -> Office:
     return office.configure(token_endpoint=counting.url, deadline=100, cache=str(tmp_path / "cache"))
 
 
-def start(office: Office) -> subprocess.Popen[str]:
+def start(office: Office, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     return subprocess.Popen(
         office.command("fetch", "--config", str(office.config)),
         env=office.environment,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
+        start_new_session=True,  # no terminal but the one that is given
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -74,6 +76,39 @@ def test_a_hit_imports_nothing_that_it_does_not_need(scratch: Office) -> None:
 def test_another_scope_is_another_access_token(scratch: Office) -> None:
     answers = [scratch.run("fetch", "--scope", scope).stdout for scope in ("a", "b", "a")]
     assert answers == ["access-token-1\n", "access-token-2\n", "access-token-1\n"]
+
+
+def test_an_access_token_of_fewer_scopes_is_no_answer_for_who_wants_them_all(
+    scratch: Office, counting: Endpoint
+) -> None:
+    body = {"access_token": "narrow", "token_type": "Bearer", "expires_in": 3599, "scope": "a"}
+    counting.answer = Reply(body=body)
+    settings = {"token_endpoint": counting.url, "cache": str(scratch.home / "cache"), "scope": "a b"}
+    assert scratch.configure(**settings, allow_narrower_scope=True).run("fetch").stdout == "narrow\n"
+    done = scratch.configure(**settings).run("fetch")
+    assert (done.status, done.stdout) == (6, "")
+
+
+def test_a_prompt_that_waits_for_its_person_holds_up_nobody(
+    scratch: Office, counting: Endpoint, tmp_path: Path
+) -> None:
+    settings = {"token_endpoint": counting.url, "cache": str(tmp_path / "cache"), "deadline": 5}
+    (tmp_path / "interactive").mkdir()
+    interactive = scratch.copy(tmp_path / "interactive").configure(**settings, pin_source="prompt")
+    keyboard, terminal = os.openpty()
+    asking = start(interactive, stdin=terminal)
+    assert asking.stderr
+    prompt = ""
+    while not prompt.endswith("PIN: "):  # it ends no line
+        more = asking.stderr.read(1)
+        assert more, prompt
+        prompt += more
+    assert scratch.configure(**settings).run("fetch").stdout == "access-token-1\n"
+    os.write(keyboard, f"{scratch.token.pin}\n".encode())
+    assert asking.communicate(timeout=60)[0] == "access-token-1\n"
+    assert len(counting.seen) == 1
+    os.close(keyboard)
+    os.close(terminal)
 
 
 def test_a_killed_process_leaves_the_fetch_to_the_next(scratch: Office, counting: Endpoint) -> None:

@@ -70,7 +70,9 @@ def _keys(settings: Settings, jwks: str | None) -> Callable[[], object]:
         return jwks_file(Path(jwks))
     where = jwks or str(settings.issuer)
     transport = assembly.transport(settings, where)
-    return jwks_url(where, transport) if jwks else issuer_keys(where, transport)
+    if jwks:
+        return jwks_url(where, transport)
+    return issuer_keys(where, transport, allowed=[*filter(None, [settings.token_endpoint])])
 
 
 def _read(file: Path | None) -> bytes:

@@ -163,7 +163,8 @@ def discovery(x: Examination) -> Outcome:
     if not settings.issuer:
         raise NotCheckedError("no issuer is set", 'issuer = "https://…" lets aud and keys be compared')
     known(x.reached, "TLS" if x.server.scheme == "https" else "TCP")
-    x.metadata = discover(settings.issuer, x.transport, deadline=x.deadline)
+    named = filter(None, [settings.token_endpoint])
+    x.metadata = discover(settings.issuer, x.transport, deadline=x.deadline, allowed=[*named])
     published = x.metadata.token_endpoint
     if settings.token_endpoint and published != settings.token_endpoint:
         return warning(

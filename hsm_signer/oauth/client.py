@@ -36,6 +36,8 @@ class TokenClient:
     assertion is needed. ``ca_bundle`` replaces certifi's roots; ``proxy`` is never used for loopback.
     ``timeout``: seconds to connect, and seconds without a byte of an answer. ``deadline``: seconds for all of
     it, waiting and retries included; only the time that the signer takes to open does not count.
+    ``attended``: a person may be asked when the signer opens, so it opens with no lock held, and what others
+    wait for does not wait for a person.
 
     Raises :class:`ConfigError` for whatever is wrong, before a signer is opened. Safe from any thread.
     """
@@ -53,6 +55,7 @@ class TokenClient:
         timeout: tuple[float, float] = (5, 15),
         deadline: float = 60,
         allow_narrower_scope: bool = False,
+        attended: bool = False,
     ) -> None:
         url = parse_url(endpoint, what="token endpoint")
         if not SCOPE.fullmatch(scope):
@@ -64,6 +67,7 @@ class TokenClient:
         self._grant = Grant(Transport(ca_bundle, proxy, timeout), url, assertion, scope, allow_narrower_scope)
         self._signer = signer
         self._cache = cache
+        self._attended = attended
         self._deadline = deadline
         self._held: _Held | None = None
         self._turn = (os.getpid(), threading.Lock())  # in a child another one: see _our_turn
@@ -121,22 +125,34 @@ class TokenClient:
         found = self._cache.load(int(time.time()), min_validity)
         if found and fits(found):
             return found, False
-        with self._cache.lock(deadline) as theirs:
-            found = theirs or self._cache.load(int(time.time()), min_validity)
-            if found and fits(found):
-                return found, False
-            response = self._ask(deadline)
-            self._cache.store(response, int(time.time()))
+        began = time.monotonic()
+        with self._signer_before_turn() as signer:
+            deadline += time.monotonic() - began
+            with self._cache.lock(deadline) as theirs:
+                found = theirs or self._cache.load(int(time.time()), min_validity)
+                if found and fits(found):
+                    return found, False
+                response = self._ask(deadline, signer)
+                self._cache.store(response, int(time.time()))
         return response, True
 
-    def _ask(self, deadline: float) -> TokenResponse:
+    def _ask(self, deadline: float, opened: Signer | None = None) -> TokenResponse:
         self._grant.transport.prepare()  # what is wrong there must not cost a PIN
         began = time.monotonic()
-        with self._open_signer() as signer:
+        with nullcontext(opened) if opened else self._open_signer() as signer:
             deadline += time.monotonic() - began  # a person may have typed a PIN
             assertions = (self._grant.assertion.issue(signer) for _ in itertools.count())
             outcome = self._grant.ask(assertions, deadline, signer=signer)
         return _unless_error(outcome)
+
+    @contextmanager
+    def _signer_before_turn(self) -> Iterator[Signer | None]:
+        if not self._attended:
+            yield None
+            return
+        self._grant.transport.prepare()
+        with self._open_signer() as signer:
+            yield signer
 
     def _open_signer(self) -> AbstractContextManager[Signer]:
         if self._signer is None:

@@ -20,7 +20,7 @@ from hsm_signer.text import printable
 from hsm_signer.url import Url, same_origin
 from hsm_signer.url import parse as parse_url
 
-MAX_AGE = 3600  # seconds that a document is believed
+MAX_AGE = 86_400  # seconds that a document is believed: as long as any access token is kept
 _OAUTH = "/.well-known/oauth-authorization-server"
 _OPENID = "/.well-known/openid-configuration"
 
@@ -43,7 +43,7 @@ class MetadataCache:
         self._file = RecordFile(directory, ".metadata", identity)
 
     def load(self, now: int) -> Mapping[str, object] | None:
-        """Look for members of a document that is younger than an hour; ``now`` in Unix seconds."""
+        """Look for members of a document that is younger than a day; ``now`` in Unix seconds."""
         record = self._file.load()
         return record.members if record and record.left(now) > 0 else None
 
@@ -162,6 +162,6 @@ def _endpoint(members: Mapping[str, object], name: str, pinned: Url, allowed: Co
     if not (same_origin(url, pinned) or url.text in allowed or url.origin in allowed):
         raise MetadataError(
             f"{name} in the metadata is {value!r}, which is not on the issuer's origin {pinned.origin}",
-            hint="if the operator confirms that it belongs there, name it in the profile",
+            hint="if the operator confirms it, set token-endpoint itself, and give verify the keys with --jwks",
         )
     return url.text

@@ -22,6 +22,8 @@ def test_the_command_fetches_from_it(tls_office: Office, tmp_path: Path, found_b
 
 def test_what_the_issuer_published_is_kept_with_the_access_token(tls_office: Office, tmp_path: Path) -> None:
     office = tls_office.copy(tmp_path).configure(token_endpoint=None, cache=str(tmp_path / "kept"))
+    assert office.run("fetch", "--no-cache").status == 0
+    assert not (tmp_path / "kept").exists()
     first = office.run("fetch")
     assert first.status == 0
     assert sorted(path.suffix for path in (tmp_path / "kept").iterdir()) == [".lock", ".metadata", ".token"]
