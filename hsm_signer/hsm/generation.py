@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-from contextlib import suppress
 from typing import Any
 
 from pkcs11.constants import DEFAULT, Attribute, MechanismFlag, ObjectClass
@@ -14,7 +13,6 @@ from pkcs11.exceptions import (
     FunctionFailed,
     GeneralError,
     MechanismInvalid,
-    PKCS11Error,
     TemplateIncomplete,
     TemplateInconsistent,
 )
@@ -26,7 +24,7 @@ from hsm_signer.errors import (
     KeyAmbiguousError,
     KeyExportableError,
 )
-from hsm_signer.hsm import keys
+from hsm_signer.hsm import keys, proof
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
 from hsm_signer.hsm.login import Login
@@ -129,7 +127,7 @@ def _generate_pair(session: Any, label: str, key_id: bytes) -> None:  # noqa: AN
 
 
 def _judge(key: FoundKey) -> None:
-    """What was read back must say that the key stays; where it can be changed, it must refuse."""
+    """What was read back must say that the key stays, and changing that must not get the key out."""
     flags = key.flags
     kept = flags.get("always_sensitive") is not False and flags.get("never_extractable") is not False
     if key.info(None).exportable or not kept:
@@ -137,22 +135,9 @@ def _judge(key: FoundKey) -> None:
             f"the token made key {key.name} such that it can leave it; the key was destroyed",
             hint="the token's policy or configuration decides that",
         )
-    for name, value in WEAKENING.items():
-        with suppress(PKCS11Error):
-            if weaken(key, name, value):
-                raise KeyExportableError(
-                    f"the token let CKA_{name.upper()} of key {key.name} become {value}; the key was destroyed"
-                )
-
-
-def weaken(key: FoundKey, name: str, value: bool) -> bool:
-    """Try to change an attribute that must not change; only ever on a key that was generated just now.
-
-    Whether it changed; what the module answers to such a thing is raised.
-    """
-    attribute = keys.FLAGS[name]
-    key.handle[attribute] = value
-    return keys.read(key.handle, [attribute]).get(attribute) is value
+    for name, (held, answer) in proof.weakenings(key):
+        if not held:
+            raise KeyExportableError(f"{name} of key {key.name}: {answer}; the key was destroyed")
 
 
 def _destroy(login: Login, label: str, key_id: bytes) -> None:

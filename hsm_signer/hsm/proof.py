@@ -10,7 +10,7 @@ from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 
-from hsm_signer.hsm import generation, keys
+from hsm_signer.hsm import keys
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
 from hsm_signer.hsm.login import Login
@@ -24,6 +24,7 @@ CLAIMS = {  # what the attributes of a key that cannot leave its token say
     "always_sensitive": True,
     "never_extractable": True,
 }
+_WEAKENING = {"sensitive": False, "extractable": True}
 _WRAPPINGS = (  # mechanism and parameter; an initialisation vector of zeros does for what must fail
     (Mechanism.AES_KEY_WRAP, None),
     (Mechanism.AES_KEY_WRAP_PAD, None),
@@ -130,7 +131,7 @@ class Proof:
 def prove(login: Login, key: FoundKey, generated_now: set[bytes]) -> Proof:
     """Prove whose public half it is, then try to get the private one out (see :data:`PROBES`).
 
-    Attributes are tried to be changed only if the key was generated in this run: a token that lets it happen
+    Attributes are tried to be changed only if the key was generated in this run: whoever is stopped in between
     would leave a weaker key behind. Whatever does come out is dropped unseen.
     """
     point = keys.require_proof(login, key)
@@ -140,11 +141,35 @@ def prove(login: Login, key: FoundKey, generated_now: set[bytes]) -> Proof:
         *(Probe(name, *outcome) for name, outcome in _copies(key)),
     ]
     if key.id in generated_now:
-        probes += [
-            Probe(f"set CKA_{name.upper()} to {value}", *_tried(partial(generation.weaken, key, name, value)))
-            for name, value in generation.WEAKENING.items()
-        ]
+        probes += [Probe(name, *outcome) for name, outcome in weakenings(key)]
     return Proof(key.info(point), login.info, tuple(probes))
+
+
+def weakenings(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Change what must not change, look whether the key comes out then, and change it back.
+
+    Some modules let it change because it means nothing to them: tpm2-pkcs11 keeps attributes in a database,
+    and the key stays in the chip whatever they say. Only ever for a key that was generated just now.
+    """
+    for name, value in _WEAKENING.items():
+        yield f"set CKA_{name.upper()} to {value}", _weakened(key, keys.FLAGS[name], value=value)
+
+
+def _weakened(key: FoundKey, attribute: Attribute, *, value: bool) -> tuple[bool, str]:
+    held, answer = _tried(partial(_changed, key, attribute, value=value))
+    if held:
+        return True, answer
+    tries = [_read_value(key), *(outcome for _, outcome in _wrappings(key))]
+    if not _changed(key, attribute, value=not value):
+        return False, "it changed, and does not change back"
+    if all(held for held, _ in tries):
+        return True, "it changed, but the key did not come out, and it changed back"
+    return False, "it changed, and the key came out"
+
+
+def _changed(key: FoundKey, attribute: Attribute, *, value: bool) -> bool:
+    key.handle[attribute] = value
+    return keys.read(key.handle, [attribute]).get(attribute) is value
 
 
 def _tried(attempt: Callable[[], object]) -> tuple[bool, str]:
@@ -199,7 +224,7 @@ def _wrapping_key(session: Any) -> Iterator[Any]:  # noqa: ANN401
 
 def _copies(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
     """Copy the key into this session with weaker attributes (``C_CopyObject``)."""
-    for name, value in generation.WEAKENING.items():
+    for name, value in _WEAKENING.items():
         attempt = partial(_copied, key, name, value=value)
         yield f"copy with CKA_{name.upper()} {value}", _tried(attempt)
 

@@ -31,36 +31,54 @@ def free_ports() -> int:
 
 
 class Tpm:
+    """A chip and the resource manager before it, which keeps programs from filling the chip's few places."""
+
     def __init__(self, directory: Path) -> None:
         self._state = directory / "state"
         self._state.mkdir()
-        self._process: subprocess.Popen[bytes] | None = None
-        self.port = free_ports()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._port = free_ports()
+        bus = directory / "bus"
+        self.address = f"unix:path={bus}"
+        command = ["dbus-daemon", "--session", "--nofork", "--nosyslog", f"--address={self.address}"]
+        self._bus = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        wait_until(bus.exists)
 
     def start(self) -> None:
         address = "type=tcp,bindaddr=127.0.0.1,port="
-        command = [
-            "swtpm",
-            "socket",
-            "--tpm2",
-            "--tpmstate",
-            f"dir={self._state}",
-            "--flags",
-            "startup-clear",
-        ]
-        command += ["--server", f"{address}{self.port},disconnect", "--ctrl", f"{address}{self.port + 1}"]
-        self._process = subprocess.Popen(command)
+        chip = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self._state}", "--flags", "startup-clear"]
+        chip += ["--server", f"{address}{self._port}", "--ctrl", f"{address}{self._port + 1}"]
+        self._processes.append(subprocess.Popen(chip))
         wait_until(self._answers)
+        manager = ["tpm2-abrmd", "--session", "--allow-root", "--flush-all"]
+        manager += [f"--tcti=swtpm:host=127.0.0.1,port={self._port}"]
+        self._processes.append(subprocess.Popen(manager, env=os.environ | self.environment))
+        wait_until(self._has_name)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"DBUS_SESSION_BUS_ADDRESS": self.address}
 
     def _answers(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port + 1)) == 0
+            return probe.connect_ex(("127.0.0.1", self._port + 1)) == 0
+
+    def _has_name(self) -> bool:
+        ask = ["dbus-send", "--session", "--print-reply", "--dest=org.freedesktop.DBus", "/"]
+        ask += ["org.freedesktop.DBus.NameHasOwner", "string:com.intel.tss2.Tabrmd"]
+        environment = os.environ | self.environment
+        return "true" in subprocess.run(ask, env=environment, capture_output=True, text=True).stdout
 
     def kill(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        while self._processes:
+            process = self._processes.pop()
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._bus.kill()
+        self._bus.wait()
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +89,15 @@ def tpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tpm]:
     (directory / "store").mkdir()
     settings = {
         "TPM2_PKCS11_STORE": str(directory / "store"),
-        "TPM2_PKCS11_TCTI": f"swtpm:host=127.0.0.1,port={tpm.port}",
+        "TPM2_PKCS11_TCTI": "tabrmd:bus_type=session",
         "TPM2_PKCS11_LOG_LEVEL": "0",
         "TSS2_LOG": "all+NONE",
     }
-    os.environ.update(settings)
-    yield tpm
-    tpm.kill()
-    for name in settings:
-        del os.environ[name]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (settings | tpm.environment).items():
+            patch.setenv(name, value)
+        yield tpm
+    tpm.close()
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +117,13 @@ def token(tpm: Tpm) -> SoftToken:
     return token
 
 
-def test_a_key_signs(token: SoftToken) -> None:
+def test_a_key_is_generated_proved_and_signs(token: SoftToken) -> None:
     with open_token(token.uri, module=token.module, pin=token.pin) as opened:
-        signer = opened.signer(KEY)
+        made = opened.generate_key("made-here")
+        signer = opened.signer("made-here", thumbprint=made.thumbprint)
         for _ in range(3):
             verify(signer, signer.sign(DATA))
-        assert opened.prove(KEY).ok
+        assert opened.prove("made-here").ok
 
 
 def test_a_wrong_pin_is_sent_once(token: SoftToken) -> None:
