@@ -76,3 +76,23 @@ def test_locking_loads_no_third_party_module() -> None:
     code = "import hsm_signer.locks, sys; print({'filelock', 'platformdirs'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_where_there_is_no_flock_filelock_takes_its_place(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["fcntl"] = None  # as on Windows
+from pathlib import Path
+from hsm_signer.files import private_directory
+from hsm_signer.locks import try_lock
+with private_directory(Path(sys.argv[1])) as directory:
+    held = try_lock(directory, "lock")
+    print(bool(held), try_lock(directory, "lock"))
+    held.release()
+    again = try_lock(directory, "lock")
+    print(bool(again), "filelock" in sys.modules)
+    again.release()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "d")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["True None", "True True"], done.stderr
