@@ -1,15 +1,12 @@
-"""One login per token in a process, shared and counted; and no PIN sent that could do harm.
+"""One login per token in a process, shared and counted; its sessions, and how it is brought back.
 
 PKCS#11 logs in the application, not the session (v3.1 §5.6): sessions opened without a PIN share the login,
 and closing the one that python-pkcs11 opened with the PIN logs everybody out. So that one is kept to the end.
 """
 
-import hashlib
-import hmac
 import logging
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pkcs11.attributes import AttributeMapper, handle_bool, handle_ulong
@@ -26,33 +23,26 @@ from pkcs11.exceptions import (
 from pkcs11.types import PROTECTED_AUTH
 
 from hsm_signer.errors import (
-    ConfigError,
-    PinError,
-    PinLockedError,
     PinRefusedError,
-    PinRejectedError,
     TokenError,
     TokenNotFoundError,
 )
+from hsm_signer.hsm import pins
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.module import FoundToken, Module, TokenInfo, token_info, tokens
-from hsm_signer.pin import PIN_PAD, PinPad, PinSource
-from hsm_signer.pin_guard import Attempt, in_turn
+from hsm_signer.hsm.pins import Pin
+from hsm_signer.pin import PinPad
+from hsm_signer.pin_guard import Attempt
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.sessions import Lane
 
 log = logging.getLogger(__name__)
 
-Pin = str | Callable[[], str] | PinSource | PinPad
-
-_REJECTED = frozenset({"CKR_PIN_INCORRECT", "CKR_PIN_INVALID", "CKR_PIN_LEN_RANGE"})
 _ALREADY = "CKR_USER_ALREADY_LOGGED_IN"
-_HASH_KEY = secrets.token_bytes(32)
-_rejected: set[bytes] = set()  # keyed hashes of PINs that a token rejected in this process
 
 
-def attribute_mapper() -> AttributeMapper:
+def _attribute_mapper() -> AttributeMapper:
     """Read attributes as they come: labels that are no UTF-8, flags without a value (``None``)."""
     mapper = AttributeMapper()
     for attribute, handler in AttributeMapper().attribute_types.items():
@@ -63,7 +53,7 @@ def attribute_mapper() -> AttributeMapper:
     return mapper
 
 
-_MAPPER = attribute_mapper()
+_MAPPER = _attribute_mapper()
 
 
 class Login:
@@ -108,8 +98,8 @@ class Login:
             log.info("token %s: logged in by another part of this process", info.label)
             self._foreign = True
             return
-        self._judge(info.flags, allow_final_try=allow_final_try)
-        text = self.fetch(pin)  # no lock is held while a person is asked
+        pins.judge_flags(info, allow_final_try=allow_final_try)
+        text = pins.fetch(pin, info)  # no lock is held while a person is asked
         with self.module.lock:
             if not self.authenticated:
                 self._log_in(pin, text, allow_final_try=allow_final_try)
@@ -123,33 +113,10 @@ class Login:
                 self._source = self._pin = None
                 self.module.logins.pop(self.key, None)
 
-    def fetch(self, pin: Pin) -> str | PinPad:
-        """Get the PIN from where it comes from; call with no lock held."""
-        if pin is PIN_PAD or isinstance(pin, PinPad):
-            if "PROTECTED_AUTHENTICATION_PATH" not in self.info.flags:
-                raise PinRefusedError(
-                    f"token {self.info.label!r} has no PIN pad",
-                    hint="it does not set CKF_PROTECTED_AUTHENTICATION_PATH: choose another pin-source",
-                )
-            return PIN_PAD
-        if isinstance(pin, PinSource):
-            pin.check(self.info.identity)
-        text = pin if isinstance(pin, str) else pin()
-        if not isinstance(text, str):
-            raise ConfigError(f"a PIN is text, but its source gave {type(text).__name__}")
-        if not text:
-            raise PinRefusedError("the PIN is empty; some tokens count that as a wrong one")
-        return text
-
-    @property
-    def pin(self) -> str | PinPad | None:
-        """The PIN for keys that want it for each signature."""
-        return self._pin
-
     def adopt(self, pin: Pin) -> None:
         """Fetch the PIN where somebody else had logged in, and a key wants it for each signature."""
         if self._pin is None:
-            self._source, self._pin = pin, self.fetch(pin)
+            self._source, self._pin = pin, pins.fetch(pin, self.info)
 
     @contextmanager
     def context_login(self) -> Iterator[str]:
@@ -162,7 +129,7 @@ class Login:
                 yield self._pin
             except PKCS11Error as exc:
                 attempt.failed(code_of(exc))  # C_SignInit comes before the login
-                if code_of(exc) in _REJECTED | {"CKR_PIN_LOCKED"}:
+                if code_of(exc) in pins.OF_THE_PIN:
                     raise self._refused(exc, self._pin) from exc
                 raise
             attempt.succeeded()
@@ -250,12 +217,8 @@ class Login:
         self, pin: Pin | None, text: str | PinPad, *, allow_final_try: bool
     ) -> Iterator[tuple[Any, Attempt]]:
         """What must hold around every PIN that goes to the token."""
-        if isinstance(text, str) and self._hash(text) in _rejected:
-            raise PinRefusedError(
-                f"token {self.info.label!r} rejected this PIN before; it is not sent a second time",
-                hint="a wrong PIN that is repeated locks the token",
-            )
-        with _attempt(pin, self.info.identity) as attempt:
+        pins.judge_text(text, self.info)
+        with pins.attempt(pin, self.info) as attempt:
             try:
                 token = self.token.slot.get_token()
             except FOREIGN as exc:
@@ -265,7 +228,7 @@ class Login:
                 raise TokenNotFoundError(
                     f"slot {info.slot_id} holds another token now", candidates=[info.identity]
                 )
-            self._judge(info.flags, allow_final_try=allow_final_try)
+            pins.judge_flags(info, allow_final_try=allow_final_try)
             if "USER_PIN_COUNT_LOW" in info.flags:
                 log.warning("token %r: a wrong PIN was tried since the last login", info.label)
             yield token, attempt
@@ -290,9 +253,7 @@ class Login:
         try:
             try:
                 return token.open(rw=self._writable, user_pin=user_pin, attribute_mapper=_MAPPER)
-            except (
-                SessionCount
-            ):  # from C_OpenSession, no PIN was sent: this token has one session, so we share it
+            except SessionCount:  # of C_OpenSession: no PIN was sent, and what gave one session is shared
                 self._close_spares()
                 session = token.open(rw=self._writable, user_pin=user_pin, attribute_mapper=_MAPPER)
                 self._spare.append(session)
@@ -301,43 +262,11 @@ class Login:
             raise self._refused(exc, text) from exc
 
     def _refused(self, exc: BaseException, text: str | PinPad) -> Exception:
-        code, label = code_of(exc), repr(self.info.label)
-        if code in _REJECTED:
-            if isinstance(text, str):
-                _rejected.add(self._hash(text))
+        if code_of(exc) in pins.OF_THE_PIN:
             self._pin = None
-            hint = self._tries_left()
-            return PinRejectedError(f"token {label} rejected the PIN: {code}", code=code, hint=hint)
-        if code == "CKR_PIN_LOCKED":
-            self._pin = None
-            return _locked(label, code)
-        if code in ("CKR_PIN_EXPIRED", "CKR_USER_PIN_NOT_INITIALIZED"):
-            return PinError(f"token {label} has no PIN that it accepts: {code}", code=code)
-        if code in ("CKR_FUNCTION_CANCELED", "CKR_FUNCTION_REJECTED", "CKR_CANCEL"):
-            return PinError(f"the login to token {label} was cancelled: {code}", code=code)
-        return failure(exc, f"login to token {label} failed")
-
-    def _tries_left(self) -> str | None:
-        """What the token's flags say after a wrong PIN; not every token says it."""
-        try:
-            flags = token_info(self.token.slot.get_token()).flags
-        except FOREIGN:
-            return None
-        if "USER_PIN_LOCKED" in flags:
-            return "the token says that the PIN is locked now"
-        if "USER_PIN_FINAL_TRY" in flags:
-            return "the token says that the next wrong PIN locks it"
-        return None
-
-    def _judge(self, flags: frozenset[str], *, allow_final_try: bool) -> None:
-        label = repr(self.info.label)
-        if "USER_PIN_LOCKED" in flags:
-            raise _locked(label, "CKF_USER_PIN_LOCKED")
-        if "USER_PIN_FINAL_TRY" in flags and not allow_final_try:
-            raise PinRefusedError(
-                f"token {label} allows one last try (CKF_USER_PIN_FINAL_TRY), which is not spent",
-                hint="log in once with the right PIN and the token's own tool, or allow the final try",
-            )
+            with suppress(*FOREIGN):  # for its flags; what counts is the answer
+                return pins.refusal(exc, text, token_info(self.token.slot.get_token()))
+        return pins.refusal(exc, text, self.info)
 
     def _logged_in_by_others(self) -> bool:
         """Whether a part of this process that is not ours, or a parent before a fork, has logged in."""
@@ -383,20 +312,3 @@ class Login:
                 return
         if self.module.functions is not None:
             self.module.functions.close_session(session.handle)
-
-    def _hash(self, pin: str) -> bytes:
-        return hmac.digest(_HASH_KEY, f"{self.info.identity}\0{pin}".encode(), hashlib.sha256)
-
-
-def _attempt(pin: Pin | None, identity: str) -> AbstractContextManager[Attempt]:
-    if isinstance(pin, PinSource):
-        return pin.attempt(identity)
-    return nullcontext(Attempt(None, source=None)) if isinstance(pin, PinPad) else in_turn(identity)
-
-
-def _locked(label: str, code: str) -> PinLockedError:
-    return PinLockedError(
-        f"the user PIN of token {label} is locked: {code}",
-        code=code,
-        hint="whoever holds the security officer's PIN or the PUK can unlock it",
-    )

@@ -25,8 +25,9 @@ from hsm_signer.hsm.keys import (
     public_points,
     require_p256,
 )
-from hsm_signer.hsm.login import Login, Pin
+from hsm_signer.hsm.login import Login
 from hsm_signer.hsm.module import TokenInfo
+from hsm_signer.hsm.pins import Pin
 from hsm_signer.hsm.proof import Proof
 from hsm_signer.hsm.search import find_token
 from hsm_signer.hsm.sessions import Lane, Sessions

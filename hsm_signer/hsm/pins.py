@@ -1,0 +1,105 @@
+"""What must hold before a PIN goes to a token, and what its answer means."""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from hsm_signer.errors import ConfigError, PinError, PinLockedError, PinRefusedError, PinRejectedError
+from hsm_signer.hsm.codes import code_of, failure
+from hsm_signer.hsm.module import TokenInfo
+from hsm_signer.pin import PIN_PAD, PinPad, PinSource
+from hsm_signer.pin_guard import Attempt, in_turn
+
+Pin = str | Callable[[], str] | PinSource | PinPad
+
+_REJECTED = frozenset({"CKR_PIN_INCORRECT", "CKR_PIN_INVALID", "CKR_PIN_LEN_RANGE"})
+_CANCELLED = frozenset({"CKR_CANCEL", "CKR_FUNCTION_CANCELED", "CKR_FUNCTION_REJECTED"})
+OF_THE_PIN = _REJECTED | {"CKR_PIN_LOCKED"}
+
+_HASH_KEY = secrets.token_bytes(32)
+_rejected: set[bytes] = set()  # keyed hashes of PINs that a token rejected in this process
+
+
+def fetch(pin: Pin, info: TokenInfo) -> str | PinPad:
+    """Get the PIN from where it comes from; call with no lock held, a person may be asked."""
+    if isinstance(pin, PinPad):
+        if "PROTECTED_AUTHENTICATION_PATH" not in info.flags:
+            raise PinRefusedError(
+                f"token {info.label!r} has no PIN pad",
+                hint="it does not set CKF_PROTECTED_AUTHENTICATION_PATH: choose another pin-source",
+            )
+        return PIN_PAD
+    if isinstance(pin, PinSource):
+        pin.check(info.identity)
+    text = pin if isinstance(pin, str) else pin()
+    if not isinstance(text, str):
+        raise ConfigError(f"a PIN is text, but its source gave {type(text).__name__}")
+    if not text:
+        raise PinRefusedError("the PIN is empty; some tokens count that as a wrong one")
+    return text
+
+
+def attempt(pin: Pin | None, info: TokenInfo) -> AbstractContextManager[Attempt]:
+    """The guard of one login, by where its PIN comes from."""
+    if isinstance(pin, PinSource):
+        return pin.attempt(info.identity)
+    return nullcontext(Attempt(None, source=None)) if isinstance(pin, PinPad) else in_turn(info.identity)
+
+
+def judge_flags(info: TokenInfo, *, allow_final_try: bool) -> None:
+    """Raise where the token says that no try, or only the last one, is left."""
+    if "USER_PIN_LOCKED" in info.flags:
+        raise _locked(info, "CKF_USER_PIN_LOCKED")
+    if "USER_PIN_FINAL_TRY" in info.flags and not allow_final_try:
+        raise PinRefusedError(
+            f"token {info.label!r} allows one last try (CKF_USER_PIN_FINAL_TRY), which is not spent",
+            hint="log in once with the right PIN and the token's own tool, or allow the final try",
+        )
+
+
+def judge_text(text: str | PinPad, info: TokenInfo) -> None:
+    """Raise where the token rejected this PIN before, in this process."""
+    if isinstance(text, str) and _hash(text, info) in _rejected:
+        raise PinRefusedError(
+            f"token {info.label!r} rejected this PIN before; it is not sent a second time",
+            hint="a wrong PIN that is repeated locks the token",
+        )
+
+
+def refusal(exc: BaseException, text: str | PinPad, info: TokenInfo) -> Exception:
+    """What a login that failed means; ``info``: of the token after it."""
+    code, label = code_of(exc), repr(info.label)
+    if code in _REJECTED:
+        if isinstance(text, str):
+            _rejected.add(_hash(text, info))
+        return PinRejectedError(f"token {label} rejected the PIN: {code}", code=code, hint=_tries_left(info))
+    if code == "CKR_PIN_LOCKED":
+        return _locked(info, code)
+    if code in ("CKR_PIN_EXPIRED", "CKR_USER_PIN_NOT_INITIALIZED"):
+        return PinError(f"token {label} has no PIN that it accepts: {code}", code=code)
+    if code in _CANCELLED:
+        return PinError(f"the login to token {label} was cancelled: {code}", code=code)
+    return failure(exc, f"login to token {label} failed")
+
+
+def _tries_left(info: TokenInfo) -> str | None:
+    """What the flags say after a wrong PIN; not every token says it."""
+    if "USER_PIN_LOCKED" in info.flags:
+        return "the token says that the PIN is locked now"
+    if "USER_PIN_FINAL_TRY" in info.flags:
+        return "the token says that the next wrong PIN locks it"
+    return None
+
+
+def _locked(info: TokenInfo, code: str) -> PinLockedError:
+    return PinLockedError(
+        f"the user PIN of token {info.label!r} is locked: {code}",
+        code=code,
+        hint="whoever holds the security officer's PIN or the PUK can unlock it",
+    )
+
+
+def _hash(pin: str, info: TokenInfo) -> bytes:
+    return hmac.digest(_HASH_KEY, f"{info.identity}\0{pin}".encode(), hashlib.sha256)
