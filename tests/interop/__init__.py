@@ -8,14 +8,17 @@ from typing import Any, Self
 
 
 class ServerProcess:
-    """A server that prints a line of JSON when it is up, and further ones for what it wants to tell."""
+    """A server that prints a line of JSON when it is up, and further ones for what it wants to tell.
+
+    It ends when its stdin does, so that a killed test run leaves none behind.
+    """
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         self.said: list[dict[str, Any]] = []
         self._log = log
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
             )
         self.up = self._next()
         self._reader = threading.Thread(target=self._read)
@@ -43,4 +46,5 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
         self._reader.join()
-        self._process.stdout.close()  # type: ignore[union-attr]
+        for pipe in (self._process.stdin, self._process.stdout):
+            pipe.close()  # type: ignore[union-attr]

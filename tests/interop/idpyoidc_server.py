@@ -8,6 +8,7 @@ import json
 import logging
 import ssl
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def main() -> None:
         logging.getLogger("idpyoidc.server.client_authn").setLevel(logging.INFO)
         http.socket = context.wrap_socket(http.socket, server_side=True)
         print(json.dumps({"issuer": issuer}), flush=True)
-        http.serve_forever()
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        sys.stdin.read()  # a killed test run leaves no server behind
 
 
 if __name__ == "__main__":

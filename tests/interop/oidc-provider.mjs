@@ -6,6 +6,7 @@ import fs from 'node:fs';
 import https from 'node:https';
 import Provider from 'oidc-provider';
 
+process.stdin.resume().on('end', () => process.exit()); // a killed test run leaves no server behind
 const config = JSON.parse(process.argv[2]);
 const read = (path) => fs.readFileSync(path, 'utf8');
 const print = (value) => console.log(JSON.stringify(value));
