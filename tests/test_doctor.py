@@ -11,7 +11,7 @@ from endpoint import Endpoint, Reply, connect_proxy, raw_server
 from office import Done
 from screen import at_a_terminal
 
-from hsm_signer.doctor import BUNDLED, LADDER
+from hsm_signer.doctor import BUNDLED, LADDER, Finding, Verdict, bundle
 from hsm_signer.doctor.remote import difference
 
 CHECKS = [name for name, _ in LADDER]
@@ -81,6 +81,14 @@ def test_errors_are_told_with_their_codes(tls_office, tmp_path):
     assert error == {"class": "OAuthError", "error": "invalid_client", "status": 400}
 
 
+def test_a_token_that_does_not_verify_is_none_the_worse_for_it(tls_office, tmp_path, faulty):
+    faulty.set("fail C_VerifyInit 0 CKR_FUNCTION_NOT_SUPPORTED")
+    office = tls_office.copy(tmp_path).configure(module=faulty.path)
+    signature = findings(office.run("doctor", "--offline", "--login", "--json"))["signature"]
+    assert signature["verdict"] == "ok"
+    assert "the token does not verify" in signature["evidence"]
+
+
 # --- warnings
 
 
@@ -120,6 +128,18 @@ def test_a_certificate_that_ends_soon_is_a_warning(tls_office, tmp_path):
     assert certificate["verdict"] == "warning"
     assert certificate["facts"] == {"certificate_days": 19}
     assert "hsm-token rollover prepare" in certificate["remedy"]
+
+
+def test_without_a_file_the_certificate_on_the_token_is_checked(tls_office, tmp_path):
+    office = tls_office.copy(tmp_path).configure(certificate=None, key_thumbprint=None)
+    assert office.run("key", "generate", "stored").status == 0
+    office.configure(certificate=None, key="stored", key_thumbprint=None)
+    unnamed = findings(office.run("doctor", "--offline", "--login", "--json"))["certificate"]
+    assert unnamed["verdict"] == "not checked"
+    assert office.run("cert", "self-signed", "--store", "--days", "700").status == 0
+    certificate = findings(office.run("doctor", "--offline", "--login", "--json"))["certificate"]
+    assert certificate["verdict"] == "ok"
+    assert certificate["evidence"].startswith("of stored on the token: ")
 
 
 class OneCertificate:
@@ -233,16 +253,23 @@ def test_the_bundle_holds_verdicts_and_codes_and_nothing_that_names_the_office(t
     file = tmp_path / "bundle.json"
     report = office.run("doctor", "--login", "--bundle", str(file))
     text = file.read_text()
-    bundle = json.loads(text)
-    assert [each["check"] for each in bundle["checks"]] == CHECKS
-    assert {name for each in bundle["checks"] for name in each["facts"]} <= BUNDLED
-    assert bundle["versions"]["hsm-signer"]
-    assert bundle["checks"][CHECKS.index("token request")]["error"]["error"] == "invalid_client"
+    written = json.loads(text)
+    assert [each["check"] for each in written["checks"]] == CHECKS
+    assert {name for each in written["checks"] for name in each["facts"]} <= BUNDLED
+    assert written["versions"]["hsm-signer"]
+    assert written["checks"][CHECKS.index("token request")]["error"]["error"] == "invalid_client"
     serial = re.search(r"serial ([0-9a-f]{16})", report.stdout)
     secrets = [*map(str, office.profile.values()), serial[1], str(tmp_path), office.token.label, "nobody"]
     for secret in (*secrets, "127.0.0.1", "pkcs11:", "https://", "das", office.token.pin):
         if secret not in ("5", "10"):  # timeouts
             assert secret not in text
+
+
+def test_a_fact_that_is_not_on_the_list_stays_out_of_the_bundle():
+    finding = Finding(Verdict.OK, "here", facts={"threads": True, "path": "/home/office"}, check="module")
+    assert bundle([finding])["checks"] == [
+        {"check": "module", "verdict": "ok", "facts": {"threads": True}, "error": None}
+    ]
 
 
 def test_what_a_server_says_does_not_get_into_the_bundle(tls_office, tmp_path, ca):

@@ -363,6 +363,12 @@ def the_token_signs_wrongly(scene: Scene) -> None:
     scene.profile(module=scene.faulty.path)
 
 
+@broken("signature", 5, "the token itself refuses it", login=True)
+def the_token_refuses_its_own_signature(scene: Scene) -> None:
+    scene.faulty.set("fail C_Verify 0 CKR_SIGNATURE_INVALID")
+    scene.profile(module=scene.faulty.path)
+
+
 # --- certificate
 
 

@@ -36,7 +36,9 @@ def doctor(
 ) -> None:
     """Check an installation from the module to the granted scope; each check with evidence and remedy.
 
-    The exit status is that of the first check that failed. Example: hsm-token doctor --profile das --login
+    The exit status is that of the first check that failed.
+
+    Example: hsm-token doctor --profile das --login
     """
     findings = []
     for finding in _findings(settings, offline, log_in, retry_pin):

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hsm_signer import assembly, files, validity
 from hsm_signer.config import prepared_module
@@ -24,6 +25,9 @@ from hsm_signer.errors import (
     VerificationError,
 )
 from hsm_signer.url import parse as parse_url
+
+if TYPE_CHECKING:
+    from hsm_signer.x509 import Certificate
 
 _UNPINNED_SERIAL = frozenset("0 ")
 
@@ -200,7 +204,7 @@ def login(x: Examination) -> Outcome:
             return pin
 
         how = assembly.Login(ask_or_pass, how.retry)
-    elif not x.may_log_in:
+    elif not x.may_log_in and "LOGIN_REQUIRED" in x.token_info.flags:
         raise NotCheckedError("no PIN is sent to a token unasked", "hsm-token doctor --login")
     x.token = x.held.enter_context(assembly.open_token(x.settings, how))
     return ok("the token took the PIN")
@@ -252,31 +256,41 @@ def signature(x: Examination) -> Outcome:
 
 def certificate(x: Examination) -> Outcome:
     """The registered certificate is of this key, in date, and the one that was enrolled."""
-    if not x.settings.certificate:
-        raise NotCheckedError("no certificate is named", 'certificate = "…/es256_cert.pem" in the profile')
-    path = Path(x.settings.certificate)
-    found = validity.read_file(path)
+    where, found = _certificate(x)
     thumbprint = x.signer.kid if x.signer else x.settings.key_thumbprint
     if thumbprint and not found.holds(thumbprint):
         raise KeyMismatchError(
-            f"{path} is not of the key with thumbprint {thumbprint}",
+            f"{where} is not of the key with thumbprint {thumbprint}",
             hint="what is registered decides: name its certificate, or its key",
         )
     now = int(x.clock())
     days = found.days_left(now)
     if now >= found.not_after.timestamp():
-        raise VerificationError(f"{path} ended {found.not_after:%Y-%m-%d}", hint="hsm-token rollover prepare")
+        raise VerificationError(
+            f"{where} ended {found.not_after:%Y-%m-%d}", hint="hsm-token rollover prepare"
+        )
     if now < found.not_before.timestamp():
         raise VerificationError(
-            f"{path} starts {found.not_before:%Y-%m-%d %H:%M} UTC only", hint="see the clock"
+            f"{where} starts {found.not_before:%Y-%m-%d %H:%M} UTC only", hint="see the clock"
         )
-    _compare_receipt(path, found.fingerprint)
+    if x.settings.certificate:
+        _compare_receipt(Path(where), found.fingerprint)
     whose = "of the key" if thumbprint else "not compared with the key"
-    evidence = f"{path}: {found.subject}, {whose}, {days} days left"
+    evidence = f"{where}: {found.subject}, {whose}, {days} days left"
     facts = {"certificate_days": days}
     if days < validity.WARN_DAYS:
         return warning(evidence, "register the next one in time: hsm-token rollover prepare", facts)
     return ok(evidence, facts)
+
+
+def _certificate(x: Examination) -> "tuple[str, Certificate]":
+    """The file that the profile names, else what lies beside the key on the token."""
+    if x.settings.certificate:
+        return x.settings.certificate, validity.read_file(Path(x.settings.certificate))
+    stored = validity.on_token(x.signer, str(x.settings.key)) if x.signer else []
+    if not stored:
+        raise NotCheckedError("no certificate is named", 'certificate = "…/es256_cert.pem" in the profile')
+    return stored[0].where, stored[0].certificate
 
 
 def _compare_receipt(path: Path, fingerprint: str) -> None:
