@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import stat
 import subprocess
 from base64 import urlsafe_b64encode
@@ -172,6 +173,18 @@ def test_other_files_in_the_folder_stay_and_a_missing_folder_is_free(
     (tmp_path / "notes.txt").write_text("mine")
     write(enrolled, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_where_one_file_cannot_be_written_none_stays(enrolled: Enrolment, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # enough for the certificate, not for the receipt
+    try:
+        with pytest.raises(ConfigError, match="too large"):
+            write(enrolled, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "out").iterdir()) == []
+    write(enrolled, tmp_path / "out")
 
 
 def test_a_key_is_generated_once_and_then_taken(token: Token) -> None:
