@@ -10,7 +10,8 @@ from hsm_signer.errors import ConfigError
 
 printable = st.characters(exclude_categories=("C", "Z"), codec="utf-8") | st.sampled_from(' ,+"\\<>;=#')
 values = st.text(printable, min_size=1, max_size=60).filter(
-    lambda value: value.isprintable() and value.strip()
+    # 64 is a number of characters (RFC 5280 appendix A.1); cryptography counts bytes
+    lambda value: value.isprintable() and value.strip() and len(value.encode()) <= 64
 )
 attributes = st.one_of(
     st.tuples(st.sampled_from(["CN", "O", "OU", "L", "ST", "STREET", "UID"]), values),
