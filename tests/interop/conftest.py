@@ -28,8 +28,9 @@ class Office:
         return {key: str(folder / name) for key, folder in self.folders.items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def office(new_token: Callable[..., SoftToken], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+    # For one module: while a token is open, SoftHSM in this process sees no token that was made since.
     soft_token = new_token()
     with open_token(soft_token.uri, module=soft_token.module, pin=soft_token.pin) as token:
         signers, folders = {}, {}

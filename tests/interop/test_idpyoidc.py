@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("idpyoidc")
 SCOPE = "das-api/das-access"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def provider(
     office: Office,
     server_files: dict[str, str],

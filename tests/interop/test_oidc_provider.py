@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 SCOPE = "das-api/das-access"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def provider(
     office: Office,
     server_files: dict[str, str],
