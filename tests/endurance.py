@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import SoftToken
 from faults import FaultyModule
-from faults.test_misbehaviour import KEY, Behind, make_keys, verify
+from faults.behind import KEY, Behind, make_keys, verify
 from faults.test_threads import SIGNATURES, THREADS, sign_in_threads
 
 RUNS = 20

@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -186,6 +187,8 @@ def _forget_the_parents() -> None:
 
 def _finalize_at_exit() -> None:
     """Finalise what nobody uses any more; a thread still inside a module is left alone."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us even if the module hangs now
     for module in _modules.values():
         if module.owned and not module.logins and module.here:
             module.library.shut()

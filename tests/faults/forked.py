@@ -1,6 +1,6 @@
 """A forking server in small: the parent signs, then forks workers, as gunicorn does with --preload.
 
-``python forked.py MODULE TOKEN KEY``, the PIN in the variable ``PIN``. Exits 0 if all is as it must be.
+``python -m faults.forked MODULE TOKEN KEY``, the PIN in the variable ``PIN``. Exits 0 if all is as it must be.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from faults.test_misbehaviour import DATA, verify
+from faults.behind import DATA, verify
 from hsm_signer import open_token
 from hsm_signer.errors import ForkedError
 from hsm_signer.hsm.token import Token

@@ -10,14 +10,13 @@ import pytest
 from conftest import SoftToken
 from interop.test_p11_kit import Remote
 
-from faults.test_misbehaviour import KEY, make_keys
+from faults.behind import KEY, make_keys
 
-PROGRAM = Path(__file__).with_name("forked.py")
-TESTS = PROGRAM.parents[1]
+TESTS = Path(__file__).parents[1]
 
 
 def run(module: str, token: SoftToken) -> None:
-    command = [sys.executable, str(PROGRAM), module, token.uri, KEY]
+    command = [sys.executable, "-m", "faults.forked", module, token.uri, KEY]
     environment = os.environ | {"PIN": token.pin, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -5,14 +5,11 @@ The steps are those that a good run was seen to take, so that a step which is ad
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
-from conftest import SoftToken
 
 from faults import FaultyModule, codes
-from faults.test_misbehaviour import ALWAYS, DATA, KEY, Behind, make_keys, verify
+from faults.behind import ALWAYS, DATA, KEY, Behind, verify
 from hsm_signer.errors import HsmSignerError, PinError
 
 CODES = [
@@ -29,22 +26,6 @@ CODES = [
     "CKR_GENERAL_ERROR",
     "CKR_BUFFER_TOO_SMALL",
 ]
-
-
-@pytest.fixture
-def modules(
-    new_token: Callable[[], SoftToken], faulty_shared_object: Path, softhsm_module: str, tmp_path: Path
-) -> Iterator[Behind]:
-    """As many modules before one token as wanted, none of them loaded yet."""
-    token = new_token()  # not another test's: in a process a PIN that was rejected stays rejected
-    make_keys(token)
-
-    def make() -> Iterator[Behind]:
-        while True:
-            directory = Path(mkdtemp(dir=tmp_path))
-            yield Behind(token, FaultyModule(faulty_shared_object, Path(softhsm_module), directory))
-
-    return make()
 
 
 def steps(faulty: FaultyModule, code: str) -> list[tuple[str, int]]:

@@ -2,18 +2,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import SoftToken
-from cryptography.hazmat.primitives.asymmetric import ec, utils
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from faults import FaultyModule
-from hsm_signer import PIN_PAD, open_token
+from faults.behind import ALWAYS, DATA, KEY, Behind, make_keys, verify
+from hsm_signer import PIN_PAD
 from hsm_signer.errors import (
     HsmSignerError,
     PinLockedError,
@@ -23,18 +19,6 @@ from hsm_signer.errors import (
     SignatureInvalidError,
     TokenError,
 )
-from hsm_signer.hsm.signer import HsmSigner
-from hsm_signer.hsm.token import Token
-
-DATA = b"header.claims"
-KEY, ALWAYS = "das-2026", "always"
-
-
-def make_keys(token: SoftToken) -> None:
-    """A key that signs after one login, and one that wants its PIN for each signature."""
-    generate = ["--keypairgen", "--key-type", "EC:prime256v1", "--usage-sign"]
-    token.pkcs11_tool(*generate, "--label", KEY, "--id", "01")
-    token.pkcs11_tool(*generate, "--label", ALWAYS, "--id", "02", "--always-auth")
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +28,9 @@ def token(new_token: Callable[[], SoftToken]) -> SoftToken:
     return token
 
 
-class Behind:
-    """The token behind the faulty module."""
-
-    def __init__(self, token: SoftToken, faulty: FaultyModule) -> None:
-        self.token = token
-        self.faulty = faulty
-
-    def open(self, **options: Any) -> AbstractContextManager[Token]:
-        return open_token(self.token.uri, module=self.faulty.path, **{"pin": self.token.pin} | options)
-
-
 @pytest.fixture
 def behind(token: SoftToken, faulty: FaultyModule) -> Behind:
     return Behind(token, faulty)
-
-
-def verify(signer: HsmSigner, raw: bytes, data: bytes = DATA) -> None:
-    public = load_pem_public_key(signer.public_key_pem.encode())
-    assert isinstance(public, ec.EllipticCurvePublicKey)
-    assert len(raw) == 64
-    r, s = int.from_bytes(raw[:32]), int.from_bytes(raw[32:])
-    public.verify(utils.encode_dss_signature(r, s), data, ec.ECDSA(SHA256()))
 
 
 @pytest.mark.parametrize(

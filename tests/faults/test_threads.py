@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import SoftToken
 
-from faults.test_misbehaviour import KEY, make_keys, verify
+from faults.behind import KEY, make_keys, verify
 from hsm_signer import open_token
 from hsm_signer.hsm.signer import HsmSigner
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SoftToken
-from faults.test_misbehaviour import DATA, KEY, make_keys, verify
+from faults.behind import DATA, KEY, make_keys, verify
 
 from hsm_signer import open_token
 from hsm_signer.errors import TokenError

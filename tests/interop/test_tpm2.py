@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SoftToken
-from faults.test_misbehaviour import DATA, KEY, verify
+from faults.behind import DATA, KEY, verify
 
 from hsm_signer import open_token
 from hsm_signer.errors import PinRejectedError, TokenError
