@@ -143,9 +143,7 @@ def export(
 @options.configured(*options.KEY)
 def delete(
     settings: Settings,
-    thumbprint: Annotated[
-        str | None, typer.Option(help="Thumbprint of the key that is to go; asked for on a terminal.")
-    ] = None,
+    thumbprint: options.Thumbprint = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
     """Destroy a key in the token, its public half and its certificate. There is no way back.

@@ -4,7 +4,8 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from hsm_signer.assembly import Login
 from hsm_signer.cli import terminal
 from hsm_signer.cli.exits import say
 from hsm_signer.config import SETTINGS, Settings
+from hsm_signer.errors import ConfigError
 from hsm_signer.text import printable
 
 TOKEN = ("module", "token", "pin_source")
@@ -24,6 +26,10 @@ OAUTH = (*ASSERTION, "scope", "ca_bundle", "proxy")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RetryPin = Annotated[
     bool, typer.Option("--retry-pin", help="Try the PIN although an earlier try is unresolved.")
+]
+
+Thumbprint = Annotated[
+    str | None, typer.Option(help="Thumbprint of the key that is to go; asked for on a terminal.")
 ]
 
 Command = Callable[..., None]
@@ -67,6 +73,17 @@ def configured(*names: str, how: Callable[[Options], object] = config.load) -> C
         return run
 
     return decorate
+
+
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Say which extra brings the library whose import fails in the block."""
+    try:
+        yield
+    except ImportError as missing:
+        raise ConfigError(
+            f"this command needs {missing.name}", hint=f"pip install 'hsm-signer[{name}]'"
+        ) from None
 
 
 def login(retry_pin: bool = False) -> Login:

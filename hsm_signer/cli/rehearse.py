@@ -7,7 +7,6 @@ import typer
 
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
-from hsm_signer.errors import ConfigError
 
 app = typer.Typer()
 
@@ -26,12 +25,8 @@ def rehearse(
     Example: hsm-token rehearse --client-id das-api-auth --certificate es256_cert.pem
     """
     settings.require("client_id")
-    try:
+    with options.needs_extra("rehearsal"):
         from hsm_signer import rehearsal
-    except ImportError as missing:
-        raise ConfigError(
-            f"hsm-token rehearse needs {missing.name}", hint="pip install 'hsm-signer[rehearsal]'"
-        ) from None
     rehearsal.serve(
         {str(settings.client_id): certificate},
         scopes=settings.scope.split() if settings.scope else rehearsal.SCOPES,

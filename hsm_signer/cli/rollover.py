@@ -166,9 +166,7 @@ def switch(
 @options.configured(*options.TOKEN)
 def retire(
     settings: Settings,
-    thumbprint: Annotated[
-        str | None, typer.Option(help="Thumbprint of the key that is to go; asked for on a terminal.")
-    ] = None,
+    thumbprint: options.Thumbprint = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
     """Destroy the old key, which no profile may use any more.

@@ -39,12 +39,8 @@ def verify(
     Example: hsm-token verify --profile das --audience das-api-auth access_token.txt
     """
     settings.require("issuer")
-    try:
+    with options.needs_extra("verify"):
         from hsm_signer.verify import AccessTokenVerifier
-    except ImportError as missing:
-        raise ConfigError(
-            f"hsm-token verify needs {missing.name}", hint="pip install 'hsm-signer[verify]'"
-        ) from None
     verifier = AccessTokenVerifier(
         _keys(settings, jwks), issuer=str(settings.issuer), audience=audience, scope=scope, leeway=leeway
     )
