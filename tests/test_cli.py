@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from office import CLIENT_ID, SCOPE
+from screen import at_a_terminal
 
 
 def unpack(part: str):
@@ -157,6 +158,27 @@ def test_config_init_writes_a_private_file_that_works(office, tmp_path):
     assert (done.status, done.stderr) == (0, "")
     again = office.run("config", "init", "--config", str(target), *options)
     assert (again.status, again.lines[0].endswith("nothing is overwritten")) == (2, True)
+
+
+def test_config_init_asks_at_a_terminal_until_each_answer_is_one(office, tmp_path):
+    target = tmp_path / "config.toml"
+    options = ["--config", str(target), f"--module={office.token.module}"]
+    answers = {
+        "service: number [1]: ": "5",
+        "token endpoint (URL): ": "http://login.example/token",
+        "login.example/token'\r\ntoken endpoint (URL): ": office.profile["token-endpoint"],
+        "scope, if any: ": SCOPE,
+        "client id: ": CLIENT_ID,
+        "label of the key": "das",
+        "where the PIN comes from": f"file:{office.home}/pin",
+    }
+    slots = office.run("slots", "--json").json
+    labels = [slot["token"]["label"] for slot in slots if slot["token"] and slot["token"]["label"]]
+    answers["token: number [1]: "] = str(labels.index(office.token.label) + 1)
+    screen = at_a_terminal(office, ["config", "init", *options], answers)
+    assert "https is needed" in screen
+    done = office.run("fetch", "--no-cache", "--config", str(target))
+    assert (done.status, done.stderr) == (0, "")
 
 
 def test_cache_is_listed_without_tokens_and_cleared(scratch):
