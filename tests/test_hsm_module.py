@@ -28,6 +28,15 @@ def test_a_module_says_who_it_is_and_that_it_was_told_of_threads(soft_token: Sof
     assert (info.manufacturer, info.cryptoki_version, info.threads) == ("SoftHSM", (2, 40), True)
 
 
+def test_what_the_module_is_told_of_threads_is_told_by_a_spy(softhsm_module: str, tmp_path: Path) -> None:
+    spy = next(Path("/usr/lib").glob("*/pkcs11/pkcs11-spy.so"))
+    environment = os.environ | {"PKCS11SPY": softhsm_module, "PKCS11SPY_OUTPUT": str(tmp_path / "log")}
+    program = "import sys; from hsm_signer.hsm.module import load; load(sys.argv[1])"
+    assert subprocess.run([sys.executable, "-c", program, str(spy)], env=environment).returncode == 0
+    calls = (tmp_path / "log").read_text().split("\n\n")
+    assert ["CKF_OS_LOCKING_OK" in call for call in calls if ": C_Initialize" in call] == [True]
+
+
 def test_slots_are_listed_without_a_login(new_token: Callable[..., SoftToken]) -> None:
     soft = new_token()
     found = {slot.token.label: slot for slot in _in_another_process(soft) if slot.token}

@@ -97,7 +97,8 @@ def test_a_first_signature_asks_for_nothing_twice(soft: SoftToken, faulty: Fault
         2,
         2,
     )
-    assert len(calls) < 40
+    per_slot = {"C_GetSlotInfo", "C_GetTokenInfo"}
+    assert len([call for call in calls if call not in per_slot]) <= 30
     assert "C_GetMechanismList" not in calls
 
 
@@ -144,8 +145,10 @@ def test_what_is_wrong_with_the_request_starts_nothing_again(signer: HsmSigner, 
 
 
 def test_an_operation_that_was_left_active_does_not_stick(signer: HsmSigner, faulty: FaultyModule) -> None:
+    faulty.forget()
     faulty.set("fail C_Sign 1 CKR_FUNCTION_FAILED")  # after C_SignInit: SoftHSM's session stays active
     signs(signer)
+    assert faulty.calls("C_Login") == 0  # another session was enough, so it was another one
     faulty.set()
     faulty.forget()
     for _ in range(5):
