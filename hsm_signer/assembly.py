@@ -1,34 +1,34 @@
-"""From settings to parts: the token, its signer, the assertion and the client that a profile describes."""
+"""From settings to parts: the token, its signer, the assertion and the client that a profile describes.
 
-import secrets
+What a cached access token does not need is imported inside the functions: most runs find one.
+"""
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from hsm_signer import paths, validity
-from hsm_signer.assertion import ClientAssertion
+from hsm_signer import paths
 from hsm_signer.config import Settings, default_pin_source, prepared_module, proxy_for, variable
 from hsm_signer.errors import ConfigError
-from hsm_signer.jose import Signer
 from hsm_signer.oauth.cache import TokenCache
-from hsm_signer.oauth.client import TokenClient
-from hsm_signer.oauth.transport import Transport
 
 if TYPE_CHECKING:
+    from hsm_signer.assertion import ClientAssertion
     from hsm_signer.audit import Event
     from hsm_signer.hsm.module import TokenInfo
     from hsm_signer.hsm.signer import HsmSigner
     from hsm_signer.hsm.token import Token
+    from hsm_signer.jose import Signer
+    from hsm_signer.oauth.client import TokenClient
     from hsm_signer.oauth.metadata import ServerMetadata
+    from hsm_signer.oauth.transport import Transport
     from hsm_signer.pin import PinPad, PinSource
 
 
-@dataclass(frozen=True)
-class Login:
+class Login(NamedTuple):
     """How a run comes by a PIN: who can be asked, and whether a standing PIN marker is passed over once."""
 
     prompt: Callable[[str], str] | None = None
@@ -71,34 +71,13 @@ def open_token(settings: Settings, login: Login) -> "Iterator[Token]":
 @contextmanager
 def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
     """A signer on the configured key, which must be the pinned one."""
+    from hsm_signer import validity
+
     settings.require("key")
     with open_token(settings, login) as token:
         signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
         validity.warn(settings, signer)
         yield signer
-
-
-@dataclass(frozen=True)
-class RecordedAssertion(ClientAssertion):
-    """Leaves a line in the audit log each time that it is signed, before anybody gets it."""
-
-    settings: Settings = field(kw_only=True, repr=False, compare=False)
-
-    def issue(self, signer: Signer, *, now: int | None = None, jti: str | None = None) -> str:
-        """As in the base class."""
-        jti = secrets.token_urlsafe(16) if jti is None else jti
-        assertion = super().issue(signer, now=now, jti=jti)
-        from hsm_signer.hsm.signer import HsmSigner
-
-        record(
-            self.settings,
-            "assertion signed",
-            signer.token_info if isinstance(signer, HsmSigner) else None,
-            thumbprint=signer.kid,
-            aud=self.audience,
-            jti=jti if self.claims == "oidc" else None,
-        )
-        return assertion
 
 
 def record(
@@ -124,26 +103,38 @@ def record(
     )
 
 
-def client_assertion(settings: Settings, endpoint: str) -> ClientAssertion:
-    """The assertion of the configured client for a token endpoint."""
+def client_assertion(settings: Settings, endpoint: str) -> "ClientAssertion":
+    """The assertion of the configured client for a token endpoint; each that is signed is recorded."""
+    from hsm_signer.recorded_assertion import RecordedAssertion
+
     settings.require("client_id")
+    audience = settings.audience_for(endpoint)
+
+    def record_signed(signer: "Signer", jti: str | None) -> None:
+        from hsm_signer.hsm.signer import HsmSigner
+
+        token = signer.token_info if isinstance(signer, HsmSigner) else None
+        record(settings, "assertion signed", token, thumbprint=signer.kid, aud=audience, jti=jti)
+
     return RecordedAssertion(
         str(settings.client_id),
-        settings.audience_for(endpoint),
+        audience,
         lifetime=settings.lifetime,
         claims=settings.claims,  # type: ignore[arg-type]  # config.py takes no other text
         typ=settings.typ,
         kid=settings.kid,
         clock_offset=settings.clock_offset,
-        settings=settings,
+        record=record_signed,
     )
 
 
-def token_client(settings: Settings, login: Login | None, *, cached: bool = True) -> TokenClient:
+def token_client(settings: Settings, login: Login | None, *, cached: bool = True) -> "TokenClient":
     """The client of the configured service; no token is opened before an assertion is needed.
 
     Without ``login`` there is no signer either: for assertions that were made elsewhere.
     """
+    from hsm_signer.oauth.client import TokenClient
+
     endpoint = token_endpoint(settings, cached=cached)
     return TokenClient(
         endpoint,
@@ -184,8 +175,10 @@ def server_metadata(settings: Settings, *, cached: bool = True) -> "ServerMetada
     )
 
 
-def transport(settings: Settings, url: str) -> Transport:
+def transport(settings: Settings, url: str) -> "Transport":
     """What carries requests to the server of a URL."""
+    from hsm_signer.oauth.transport import Transport
+
     return Transport(settings.ca_bundle, proxy_for(settings, url), settings.timeout)
 
 

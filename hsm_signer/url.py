@@ -18,7 +18,7 @@ _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NEEDED = r"%(?:[0189A-F][0-9A-F]|2[0-9A-CF]|3[A-F]|40|5[B-E]|60|7[B-DF])"  # all but RFC 3986 §2.3 unreserved
 _PCHAR = rf"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|{_NEEDED})"  # RFC 3986 §3.3
 _NO_DOTS = r"(?!\.{1,2}(?:[/?]|$))"
-_URL = re.compile(
+_URL = (
     rf"(?P<scheme>https?)://(?P<host>{_LABEL}(?:\.{_LABEL})*|\[[0-9a-f:]+\])(?::(?P<port>[1-9][0-9]{{0,4}}))?"
     rf"(?:/(?:{_NO_DOTS}{_PCHAR}+(?:/{_NO_DOTS}{_PCHAR}*)*)?(?:\?(?:{_PCHAR}|[/?])+)?)?"
 )
@@ -112,7 +112,7 @@ def same_origin(first: Url, second: Url) -> bool:
 def _parse(text: str, what: str) -> Url:
     if len(text) > _MAX_LENGTH:
         raise ConfigError(f"{what}: longer than {_MAX_LENGTH} characters")
-    match = _URL.fullmatch(text)
+    match = re.fullmatch(_URL, text)
     if not match:
         fault = next(fault for pattern, fault in _FAULTS if re.search(pattern, text))
         raise ConfigError(f"{what}: {fault}; found {_shown(text)}")

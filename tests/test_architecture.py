@@ -37,7 +37,7 @@ FLOORS = [
     {"url", "jose", "files", "distinguished_name"},
     {"ecdsa", "locks"},
     {"verification", "assertion", "paths", "profile_file"},
-    {"x509", "pin_guard", "audit"},
+    {"x509", "pin_guard", "audit", "recorded_assertion"},
     {"pin"},
     {"hsm", "oauth"},
     {"config"},

@@ -349,7 +349,7 @@ def test_help_is_there_and_shows_no_default_secret(office, command):
 def test_every_command_has_an_example_in_its_help():
     from typer.main import get_command
 
-    from hsm_signer.cli import application
+    from hsm_signer.cli.program import application
 
     def leaves(command, name=""):
         below = getattr(command, "commands", None)

@@ -1,6 +1,5 @@
 """``hsm-token fetch``: an access token."""
 
-import shlex
 import time
 from collections.abc import Iterable
 from enum import StrEnum
@@ -56,25 +55,25 @@ def fetch(
     Example: hsm-token fetch --profile das --format curl | curl -K - https://das.example/
     """
 
-    def fetch_with(settings: Settings) -> "TokenResponse":
+    def ask(settings: Settings) -> "TokenResponse":
         client = assembly.token_client(settings, options.login(retry_pin), cached=not no_cache)
         return client.fetch(min_validity=min_validity, force=force)
 
     with terminal.working("asking the authorization server"):
+        keys = [settings]
         if or_next and settings.next_key:
-            from hsm_signer.rollover import fetch_or_next, following
+            from hsm_signer import rollover
 
-            both = (settings, following(settings))
-            kept = None if force or no_cache else _kept(both, min_validity)
-            response = kept or fetch_or_next(*(partial(fetch_with, each) for each in both))
-        else:
-            response = fetch_with(settings)
-    show(response, output)
+            keys.append(rollover.following(settings))
+        response = None if force or no_cache else _kept(keys, min_validity)
+        if response is None and len(keys) > 1:
+            response = rollover.fetch_or_next(*(partial(ask, each) for each in keys))
+        show(response or ask(settings), output)
 
 
-def _kept(both: Iterable[Settings], min_validity: int) -> "TokenResponse | None":
-    """What is cached of either key: after the cut-over not every run has to be refused first."""
-    for settings in both:
+def _kept(keys: Iterable[Settings], min_validity: int) -> "TokenResponse | None":
+    """What is cached of one of the keys; so most runs need no client, and after a cut-over no refusal."""
+    for settings in keys:
         cache = assembly.access_token_cache(settings, assembly.token_endpoint(settings))
         if found := cache.load(int(time.time()), min_validity):
             return found
@@ -90,6 +89,8 @@ def show(response: "TokenResponse", output: Format) -> None:
         case Format.header:
             terminal.result(f"Authorization: Bearer {token}")
         case Format.env:
+            import shlex
+
             terminal.result(f"export ACCESS_TOKEN={shlex.quote(token)}")
         case Format.curl:
             terminal.result(f'header = "Authorization: Bearer {token}"')

@@ -6,17 +6,19 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hsm_signer import config
-from hsm_signer.assembly import Login
 from hsm_signer.cli import terminal
 from hsm_signer.cli.exits import say
 from hsm_signer.config import SETTINGS, Settings
 from hsm_signer.errors import ConfigError
 from hsm_signer.text import printable
+
+if TYPE_CHECKING:
+    from hsm_signer.assembly import Login
 
 TOKEN = ("module", "token", "pin_source")
 KEY = (*TOKEN, "key")
@@ -86,8 +88,10 @@ def needs_extra(name: str) -> Iterator[None]:
         ) from None
 
 
-def login(retry_pin: bool = False) -> Login:
+def login(retry_pin: bool = False) -> "Login":
     """How this run may ask for a PIN."""
+    from hsm_signer.assembly import Login
+
     return Login(terminal.ask_secret if terminal.somebody_there() else None, retry_pin)
 
 

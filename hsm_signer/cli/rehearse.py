@@ -1,5 +1,6 @@
 """``hsm-token rehearse``: a loopback authorization server with WIPO's rules."""
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ def rehearse(
     settings.require("client_id")
     with options.needs_extra("rehearsal"):
         from hsm_signer import rehearsal
+    gc.enable()  # off since the start, which suits commands that end soon
     rehearsal.serve(
         {str(settings.client_id): certificate},
         scopes=settings.scope.split() if settings.scope else rehearsal.SCOPES,

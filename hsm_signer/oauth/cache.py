@@ -26,7 +26,7 @@ _POLL = 0.02  # seconds
 _SUFFIX = ".token"
 _FIELDS = ("access_token", "raw", "token_type", "expires_at", "scope")
 _SHOWN = ("endpoint", "client_id", "scope")
-_OURS = re.compile(r"\.?[0-9a-f]{64}\.(token|metadata|lock)(\.[0-9a-f]+)?")  # also what a killed writer left
+_OURS = r"\.?[0-9a-f]{64}\.(token|metadata|lock)(\.[0-9a-f]+)?"  # also what a killed writer left
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def clear(directory: Path) -> int:
     gone = 0
     with suppress(FileNotFoundError), private_directory(directory, create=False) as opened:
         for name in opened.names():
-            if _OURS.fullmatch(name):
+            if re.fullmatch(_OURS, name):
                 opened.remove(name)
                 gone += name.endswith(_SUFFIX)
     return gone

@@ -58,7 +58,7 @@ class TokenClient:
         attended: bool = False,
     ) -> None:
         url = parse_url(endpoint, what="token endpoint")
-        if not SCOPE.fullmatch(scope):
+        if not re.fullmatch(SCOPE, scope):
             raise ConfigError(
                 f"scope is names with single spaces between them (RFC 6749 §3.3), found {scope!r}"
             )

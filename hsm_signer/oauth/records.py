@@ -22,6 +22,7 @@ _MAX_SIZE = 256 * 1024  # bytes
 _MAGIC = b"hsm-token cache 1 "  # and the SHA-256 of all that follows this line
 
 _log = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class RecordFile:
         self._identity = json.loads(text)
         self.stem = hashlib.sha256(text.encode()).hexdigest()
         self._name = self.stem + suffix
-        self._warned: set[str] = set()
 
     def load(self) -> Record | None:
         """Read it, live or not."""
@@ -98,8 +98,8 @@ class RecordFile:
         """Say once what keeps the cache from being used."""
         hint = getattr(exc, "hint", None)
         text = f"the cache is not used: {exc}" + (f" ({hint})" if hint else "")
-        if text not in self._warned:
-            self._warned.add(text)
+        if text not in _warned:
+            _warned.add(text)
             _log.warning("%s", text)
 
 

@@ -12,9 +12,9 @@ from hsm_signer.text import printable
 MAX_ACCESS_TOKEN = 16 * 1024  # characters
 MAX_EXPIRES_IN = 24 * 60 * 60  # seconds; no server is believed beyond that
 
-_B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 §2.1
-_SECONDS = re.compile(r"-?[0-9]{1,20}")
-SCOPE = re.compile(r"(?:[!#-\[\]-~]+(?: [!#-\[\]-~]+)*)?")  # RFC 6749 §3.3, or none
+_B64TOKEN = r"[A-Za-z0-9._~+/-]+=*"  # RFC 6750 §2.1
+_SECONDS = r"-?[0-9]{1,20}"
+SCOPE = r"(?:[!#-\[\]-~]+(?: [!#-\[\]-~]+)*)?"  # RFC 6749 §3.3, or none
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _access_token(members: Mapping[str, Any]) -> str:
         _reject("has no access_token" if value is None else "has an access_token that is no text")
     if len(value) > MAX_ACCESS_TOKEN:
         _reject(f"has an access_token of {len(value)} characters, more than {MAX_ACCESS_TOKEN}")
-    if not _B64TOKEN.fullmatch(value):
+    if not re.fullmatch(_B64TOKEN, value):
         _reject("has an access_token that cannot be sent as a bearer token (RFC 6750 §2.1)")
     return value
 
@@ -131,7 +131,7 @@ def _expires_at(members: Mapping[str, Any], now: int) -> int | None:
     value = members.get("expires_in")
     if value is None:
         return None
-    if isinstance(value, str) and _SECONDS.fullmatch(value):  # some servers write it as text
+    if isinstance(value, str) and re.fullmatch(_SECONDS, value):  # some servers write it as text
         value = int(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -146,7 +146,7 @@ def _scope(members: Mapping[str, Any], asked: str, allow_narrower: bool) -> str:
     granted = members.get("scope")
     if granted is None:
         return asked  # RFC 6749 §5.1: left out means as asked
-    if not isinstance(granted, str) or not SCOPE.fullmatch(granted.strip(" ")):
+    if not isinstance(granted, str) or not re.fullmatch(SCOPE, granted.strip(" ")):
         _reject("has a scope that is no list of scopes in text")
     missing = sorted(set(asked.split()) - set(granted.split()))
     if missing and not allow_narrower:
