@@ -41,8 +41,9 @@ def pin_source(settings: Settings, login: Login) -> "PinSource | PinPad":
 
     text = settings.pin_source or default_pin_source()
     if text == "prompt" and login.prompt is None:
+        given = "the PIN is to be asked for" if settings.pin_source else "no PIN source given"
         raise ConfigError(
-            "no PIN source given, and no terminal to ask at",
+            f"{given}, and no terminal to ask at",
             hint=f"use --pin-source, {variable('pin_source')}, or pin-source in a profile",
         )
     pin.make_undumpable()

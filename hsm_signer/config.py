@@ -328,7 +328,7 @@ def _known(name: str, where: str) -> bool:
     import difflib
 
     if name == "pin":
-        raise ConfigError(f"{where}: a PIN does not belong into a file of settings", hint="use pin-source")
+        raise ConfigError(f"{where}: a PIN does not belong in a file of settings", hint="use pin-source")
     near = difflib.get_close_matches(name, names, n=1)
     raise ConfigError(
         f"{where}: unknown key {name!r}",

@@ -160,7 +160,8 @@ def _from_file(path: str) -> bytes:
     try:
         return files.read_bytes(Path(path), max_size=MAX_SIZE, forbidden_to_root=0o037)
     except UnsafeFileError as exc:
-        raise PinRefusedError(f"PIN file refused: {exc}", hint=exc.hint) from exc
+        hint = exc.hint or "what a platform mounts as a link can be read by command:cat PATH"
+        raise PinRefusedError(f"PIN file refused: {exc}", hint=hint) from exc
     except OSError as exc:
         raise ConfigError(f"PIN file {path} cannot be read: {exc.strerror}") from exc
 

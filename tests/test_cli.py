@@ -280,6 +280,20 @@ def test_wrong_usage_is_one_error_line_and_a_hint(office):
     assert "1234" not in done.stderr
 
 
+def test_a_group_or_the_program_alone_shows_its_help_as_it_is(office):
+    for words in ((), ("config",)):
+        done = office.run(*words)
+        assert (done.status, done.stdout) == (2, "")
+        assert done.stderr == office.run(*words, "--help").stdout
+
+
+def test_what_was_tried_is_listed_only_if_it_is_more_than_the_error_says(scratch):
+    hopeless = {"token-endpoint": "http://127.0.0.1:1/token", "deadline": 0.2}  # less than the first pause
+    done = scratch.configure(**hopeless).run("fetch")
+    assert done.status == 7
+    assert done.stderr.count("127.0.0.1:1") == 1
+
+
 def test_a_hostile_file_in_the_working_directory_does_nothing(office, tmp_path):
     canary = tmp_path / "canary"
     hostile = f'[profiles.default]\npin-source = "command:touch {canary}"\nmodule = "{tmp_path}/evil.so"\n'

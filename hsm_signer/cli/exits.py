@@ -49,11 +49,12 @@ def statuses() -> Iterator[None]:
         with interruptible(INTERRUPTED):
             yield
     except errors.HsmSignerError as error:
-        _explain(str(error), error.hint, getattr(error, "candidates", ()) or getattr(error, "attempts", ()))
+        attempts = getattr(error, "attempts", ())
+        details = attempts if len(attempts) > 1 else getattr(error, "candidates", ())
+        _explain(str(error), error.hint, details)
         sys.exit(status_of(error))
     except typer.TyperException as error:
-        context = getattr(error, "ctx", None)
-        _explain(error.format_message(), f"{context.command_path} --help" if context else "hsm-token --help")
+        _explain_usage(error)
         sys.exit(USAGE)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
@@ -67,6 +68,14 @@ def statuses() -> Iterator[None]:
         print(frames, end="", file=sys.stderr)
         _explain(f"unexpected {type(unexpected).__name__}", "this is a bug: please report the lines above")
         sys.exit(UNEXPECTED)
+
+
+def _explain_usage(error: typer.TyperException) -> None:
+    context, message = getattr(error, "ctx", None), error.format_message()
+    if context and message == context.get_help():  # only a group was named, and help is the answer
+        print(message, file=sys.stderr)
+    else:
+        _explain(message, f"{context.command_path} --help" if context else "hsm-token --help")
 
 
 def _explain(message: str, hint: str | None, details: tuple[str, ...] = ()) -> None:

@@ -81,7 +81,14 @@ def discover(
 
 
 def _issuer(text: str) -> Url:
-    issuer = parse_url(text, what="issuer", http_loopback=False)
+    try:
+        issuer = parse_url(text, what="issuer", http_loopback=False)
+    except ConfigError as refused:
+        if text.startswith("http://"):
+            refused.hint = (
+                "without https, name the token endpoint itself, and give verify the keys with --jwks"
+            )
+        raise
     if "?" in text:
         raise ConfigError(f"issuer: a query is refused (RFC 8414 §2); found {printable(text, 200)!r}")
     return issuer
