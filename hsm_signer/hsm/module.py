@@ -30,6 +30,10 @@ from hsm_signer.hsm.uri import Uri
 if TYPE_CHECKING:
     from hsm_signer.hsm.login import Login
 
+# A module that answers CKR_CRYPTOKI_ALREADY_INITIALIZED in a forked child shares its state with the parent, and
+# with it the connection to the token: tpm2-pkcs11 mixes up the answers and ends with a locked PIN. SoftHSM
+# has no connection; modules that start afresh in the child (p11-kit, OpenSC) answer CKR_OK.
+_SURVIVE_A_FORK = ("SoftHSM",)
 _FORK_PATIENCE = 5.0  # seconds; a call that hangs must not hang the fork
 
 log = logging.getLogger(__name__)
@@ -130,6 +134,11 @@ def _load(path: str) -> Module:
         raise ModuleError(f"{path} is no PKCS#11 module: {exc}") from exc
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
     before = _inherited.get(path)
+    if before and not library.owned and library.manufacturer_id not in _SURVIVE_A_FORK:
+        raise ForkedError(
+            f"the PKCS#11 module {path} was loaded before a fork and does not survive one",
+            hint="open the token in the workers only, not in the process that forks them",
+        )
     module = Module(
         path, library, locked=library.locked or bool(before and before.locked and not library.owned)
     )

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,29 @@ from hsm_signer.errors import PinRejectedError, TokenError
 from interop.waiting import wait_until
 
 MODULE = next(Path("/usr/lib").glob("*/pkcs11/libtpm2_pkcs11.so"), None)
+
+
+FORKS = """
+import os, sys
+from hsm_signer import open_token
+from hsm_signer.errors import ForkedError
+
+def opened():
+    return open_token("tpm", module=os.environ["MODULE"], pin=os.environ["PIN"])
+
+with opened() as token:
+    signer = token.signer("das-2026")
+    for _ in range(4):
+        if (child := os.fork()) == 0:
+            try:
+                opened().__enter__()
+            except ForkedError:
+                sys.exit(7)
+            sys.exit(0)
+        signer.sign(b"x")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        signer.sign(b"x")
+"""
 
 
 def free_ports() -> int:
@@ -140,3 +164,11 @@ def test_a_tpm_that_goes_is_named_and_signs_once_it_is_back(token: SoftToken, tp
             signer.sign(DATA)
         tpm.start()
         verify(signer, signer.sign(DATA))
+
+
+def test_a_forked_child_is_refused_before_it_disturbs_the_parent(token: SoftToken) -> None:
+    """The module would share its connection to the chip: answers get mixed up, and the PIN ends up locked."""
+    environment = os.environ | {"MODULE": token.module, "PIN": token.pin}
+    program = [sys.executable, "-c", FORKS]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
