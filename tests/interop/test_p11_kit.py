@@ -13,7 +13,7 @@ from conftest import SoftToken
 from faults.behind import DATA, KEY, make_keys, verify
 
 from hsm_signer import open_token
-from hsm_signer.errors import TokenError
+from hsm_signer.errors import ConfigError, TokenError
 from interop.waiting import wait_until
 
 CLIENT = next(Path("/usr/lib").glob("*/pkcs11/p11-kit-client.so"), None)
@@ -68,6 +68,14 @@ def test_it_signs_through_the_socket(remote: Remote) -> None:
         signer = token.signer(KEY)
         for _ in range(20):
             verify(signer, signer.sign(DATA))
+
+
+def test_parallel_sessions_are_refused_since_the_client_is_not_told_of_threads(remote: Remote) -> None:
+    with (
+        pytest.raises(ConfigError, match="sessions=2"),
+        open_token(remote.token.uri, module=remote.module, pin=remote.token.pin, sessions=2),
+    ):
+        pass
 
 
 def test_it_generates_and_proves_a_key_through_the_socket(remote: Remote) -> None:
