@@ -1,7 +1,7 @@
 """The one place that parses and judges URLs.
 
 The grammar is a small part of RFC 3986: what no two parsers read differently and no library rewrites on the
-way out. So the string that was judged is what is sent, and the origin here is where requests connects.
+way out. So the string that was judged is what is sent, and the origin here is where requests and urllib3 connect.
 """
 
 import re

@@ -15,8 +15,8 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.r
 # Who may import which distribution; a folder ends in a slash.
 DOORS = {
     "pkcs11": {"hsm/"},
-    "requests": {"oauth/"},
-    "urllib3": {"oauth/"},
+    "requests": {"oauth/auth.py"},
+    "urllib3": {"oauth/connections.py"},
     "certifi": {"oauth/"},
     "httpx": {"oauth/"},
     "asn1crypto": {"ecdsa.py", "x509.py"},

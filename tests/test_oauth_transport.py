@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import requests.adapters
 import trustme
 from canary import assert_no_trace
 from endpoint import Endpoint, Reply, connect_proxy, raw_server
@@ -190,7 +189,6 @@ def test_a_ca_bundle_replaces_the_roots_of_certifi(
 ) -> None:
     authority, path = foreign
     monkeypatch.setattr("certifi.where", lambda: path)
-    monkeypatch.setattr(requests.adapters, "DEFAULT_CA_BUNDLE_PATH", path)  # what requests would add
     with Endpoint(authority, Reply()) as endpoint:
         assert post(Transport(), url_of(endpoint.port)).status == 200
         assert "not accepted" in str(failure(Transport(ca_bundle), url_of(endpoint.port)))
@@ -582,7 +580,7 @@ assert ask() == 200
     assert peers[0] == peers[3] != peers[1] == peers[2]
 
 
-def test_requests_and_openssl_are_loaded_with_the_first_request_only(ca_bundle: str) -> None:
+def test_urllib3_and_openssl_are_loaded_with_the_first_request_only(ca_bundle: str) -> None:
     program = """
 import sys
 from hsm_signer.oauth.transport import Transport

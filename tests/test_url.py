@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hsm_signer.errors import ConfigError
-from hsm_signer.oauth.adapter import StrictAdapter
+from hsm_signer.oauth.connections import Connections
 from hsm_signer.url import Url, parse, parse_origin, parse_proxy, same_origin
 
 GOOD = [
@@ -105,15 +105,13 @@ BAD = [
 
 
 def where_requests_goes(url: str) -> tuple[str, str]:
-    """The text that requests sends, and the origin of the pool that its adapter takes a connection from."""
+    """The text that requests sends, and the origin of the pool that our connection comes from."""
     import ssl
 
-    prepared = requests.Request("POST", url).prepare()
-    pool = StrictAdapter(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)).get_connection_with_tls_context(
-        prepared, True
-    )
+    pools = Connections(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), None)
+    pool = pools.direct.connection_from_url(url)
     host = f"[{pool.host}]" if ":" in pool.host else pool.host
-    return prepared.url, f"{pool.scheme}://{host}:{pool.port}"
+    return requests.Request("POST", url).prepare().url, f"{pool.scheme}://{host}:{pool.port}"
 
 
 def assert_sent_as_judged(url: Url) -> None:

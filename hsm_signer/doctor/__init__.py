@@ -64,7 +64,7 @@ _OAUTH_ERRORS = (  # RFC 6749 §5.2
     *("", "invalid_request", "invalid_client", "invalid_grant", "unauthorized_client"),
     *("unsupported_grant_type", "invalid_scope"),
 )
-_PACKAGES = ("python-pkcs11", "asn1crypto", "cryptography", "requests", "typer", "joserfc")
+_PACKAGES = ("python-pkcs11", "asn1crypto", "cryptography", "requests", "urllib3", "typer", "joserfc")
 
 
 def examine(x: Examination) -> Iterator[Finding]:

@@ -1,1 +1,1 @@
-"""Access tokens: the only door to requests."""
+"""Access tokens: the only door to urllib3 and requests."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 from hsm_signer import __version__
 from hsm_signer.errors import ConfigError, TransportError
@@ -23,7 +24,7 @@ from hsm_signer.url import Url, parse_proxy
 if TYPE_CHECKING:
     import ssl
 
-    from hsm_signer.oauth.adapter import Exchange, StrictAdapter
+    from hsm_signer.oauth.connections import Connections, Exchange
 
 _log = logging.getLogger(__name__)
 
@@ -61,14 +62,14 @@ class Transport:
         if len(timeout) != 2 or not all(seconds > 0 for seconds in timeout):
             raise ConfigError(f"timeout is two numbers of seconds above 0, found {timeout!r}")
         self._timeout = timeout
-        self._owned: tuple[int, StrictAdapter] | None = None
+        self._owned: tuple[int, Connections] | None = None
 
     def prepare(self) -> None:
-        """Load requests and the trusted roots now, so that whatever is wrong with them shows early.
+        """Load urllib3 and the trusted roots now, so that whatever is wrong with them shows early.
 
         Raises :class:`ConfigError`.
         """
-        self._adapter()
+        self._connections()
 
     def request(
         self,
@@ -85,7 +86,10 @@ class Transport:
         """
         began = time.monotonic()
         header = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"hsm-token/{__version__}"}
-        request = {"method": method, "url": url.text, "headers": header, "data": form}
+        request: dict[str, Any] = {"method": method, "url": url.text, "headers": header}
+        if form is not None:
+            header["Content-Type"] = "application/x-www-form-urlencoded"
+            request["body"] = urlencode(form)
         exchange = self._start(url, request, deadline)
         del form, request  # the frames of an error must not hold an assertion
         try:
@@ -106,33 +110,31 @@ class Transport:
 
     def _start(self, url: Url, request: Mapping[str, Any], deadline: float) -> "Exchange":
         """Begin in a thread: name resolution and the reads of http.client know no deadline for all of it."""
-        from hsm_signer.oauth.adapter import Exchange
+        from hsm_signer.oauth.connections import Exchange
 
         exchange = Exchange(url.origin)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             exchange.fail("the deadline passed before the request")
             return exchange
-        direct = url.is_loopback or url.host == "localhost"
-        options = {
-            "timeout": tuple(min(seconds, remaining) for seconds in self._timeout),
-            "proxies": {} if direct or not self._proxy else {"https": self._proxy},
-        }
-        work = threading.Thread(target=exchange.run, args=(self._adapter(), request, options), daemon=True)
+        here = url.is_loopback or url.host == "localhost"
+        pools = self._connections().direct if here else self._connections().proxied
+        timeout = tuple(min(seconds, remaining) for seconds in self._timeout)
+        work = threading.Thread(target=exchange.run, args=(pools, request, timeout), daemon=True)
         try:
             work.start()
         except RuntimeError:
             exchange.fail("this process cannot start a thread")
         return exchange
 
-    def _adapter(self) -> "StrictAdapter":
-        owner, adapter = self._owned or (0, None)
-        if adapter is None or owner != os.getpid():  # a child must not write into its parent's connections
-            from hsm_signer.oauth.adapter import StrictAdapter
+    def _connections(self) -> "Connections":
+        owner, connections = self._owned or (0, None)
+        if connections is None or owner != os.getpid():  # a child must not write into those of its parent
+            from hsm_signer.oauth.connections import Connections
 
-            adapter = StrictAdapter(self.tls_context())
-            self._owned = os.getpid(), adapter
-        return adapter
+            connections = Connections(self.tls_context(), self._proxy)
+            self._owned = os.getpid(), connections
+        return connections
 
     def tls_context(self) -> "ssl.SSLContext":
         """What is trusted, and nothing from the environment: TLS 1.2 or newer, our roots."""

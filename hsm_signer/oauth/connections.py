@@ -1,7 +1,7 @@
-"""requests, tied down: our TLS context and nobody else's, and connections that tell what they have done.
+"""urllib3, tied down: our TLS context and nobody else's, and connections that tell what they have done.
 
-``requests.Session`` is left out on purpose: it is what reads ``~/.netrc``, proxy and CA variables, follows
-redirects and keeps cookies. Imported on the first request only: requests takes longer than all the rest.
+Not requests, which stands on it: what that adds are ``~/.netrc``, proxy and CA variables, redirects and cookies,
+for half as much time again to import. Imported on the first request only: that is long enough.
 """
 
 import logging
@@ -9,15 +9,16 @@ import re
 import socket
 import ssl
 import threading
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
-import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.response import BaseHTTPResponse
 
 from hsm_signer.errors import TransportError
 
@@ -41,12 +42,20 @@ class Exchange:
         self._lock = threading.Lock()
         self._given_up = self._sent = False
 
-    def run(self, adapter: "StrictAdapter", request: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        """Carry it out. What fails becomes ``failure``: foreign exceptions hold the request."""
+    def run(
+        self, pools: urllib3.PoolManager, request: Mapping[str, Any], timeout: tuple[float, float]
+    ) -> None:
+        """Carry it out. What fails becomes ``failure``: foreign exceptions hold the request.
+
+        ``timeout``: seconds to connect, and seconds between two bytes of an answer.
+        """
         _thread.exchange = self
         try:
-            response = adapter.send(requests.Request(**request).prepare(), stream=True, **options)
-            self.answer = response.status_code, response.headers, _body(response)
+            limits = urllib3.Timeout(connect=timeout[0], read=timeout[1])
+            response = pools.urlopen(
+                **request, timeout=limits, redirect=False, retries=False, preload_content=False
+            )
+            self.answer = response.status, response.headers, _body(response)
         except Exception as exc:  # noqa: BLE001  # whatever it is, it ends here
             self.failure = _failure(exc, self._where, sent=self._sent)
         finally:
@@ -119,42 +128,38 @@ class _TlsPool(HTTPSConnectionPool):
 _POOLS = {"http": _Pool, "https": _TlsPool}
 
 
-class StrictAdapter(HTTPAdapter):
-    """Trusts what the TLS context trusts, to the server and to an https proxy, and nothing else."""
+class Connections:
+    """Connections that trust what the TLS context trusts, to the server and to an https proxy.
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._context = context
-        super().__init__()
+    ``direct`` never goes through the proxy, ``proxied`` always does.
+    """
 
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """As in the base class, with our context and connections."""
-        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> urllib3.ProxyManager:  # noqa: ANN401
-        """As in the base class, with our context and connections."""
-        contexts = {"ssl_context": self._context, "proxy_ssl_context": self._context}
-        manager: urllib3.ProxyManager = super().proxy_manager_for(proxy, **kwargs, **contexts)
-        manager.pool_classes_by_scheme = _POOLS
-        return manager
-
-    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:  # noqa: ANN401
-        """Leave the roots alone: the base class would add certifi's to those of our context."""
-        conn.cert_reqs = "CERT_REQUIRED"
+    def __init__(self, context: ssl.SSLContext, proxy: str | None) -> None:
+        self.direct = urllib3.PoolManager(ssl_context=context)
+        self.proxied = self.direct if proxy is None else _proxied(context, proxy)
+        for pools in (self.direct, self.proxied):
+            pools.pool_classes_by_scheme = _POOLS
 
 
-def _body(response: requests.Response) -> bytes:
+def _proxied(context: ssl.SSLContext, proxy: str) -> urllib3.ProxyManager:
+    """Pools of connections through a proxy, which gets the user information in its URL (RFC 7617 §2)."""
+    headers = {}
+    if auth := urllib3.util.parse_url(proxy).auth:
+        user, _, password = auth.partition(":")
+        credentials = b":".join(map(unquote_to_bytes, (user, password)))
+        headers["Proxy-Authorization"] = f"Basic {b64encode(credentials).decode('ascii')}"
+    return urllib3.ProxyManager(proxy, proxy_headers=headers, ssl_context=context, proxy_ssl_context=context)
+
+
+def _body(response: BaseHTTPResponse) -> bytes:
     body = bytearray()
-    while chunk := response.raw.read(64 * 1024, decode_content=False):
+    while chunk := response.read(64 * 1024, decode_content=False):
         body += chunk
         if len(body) > MAX_BODY:
             response.close()
             raise _TooLargeError
-    if (
-        not body
-        and response.status_code == 200
-        and not response.headers.keys() & {"content-length", "transfer-encoding"}
-    ):
+    lengths = ("Content-Length", "Transfer-Encoding")
+    if not body and response.status == 200 and not any(name in response.headers for name in lengths):
         raise _CutShortError  # http.client takes the end of the connection for the end of the header
     return bytes(body)
 
@@ -177,7 +182,7 @@ def _failure(exc: Exception, where: str, *, sent: bool) -> TransportError:
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """The exception and those that it wraps, in any of the ways of requests and urllib3."""
+    """The exception and those that it wraps, in any of the ways of urllib3."""
     waiting, seen = [exc], set()
     while waiting:
         cause = waiting.pop(0)
@@ -213,6 +218,6 @@ def _explained(causes: list[BaseException]) -> tuple[str, bool, str | None]:
                 cause, urllib3.exceptions.NewConnectionError
             ):
                 return "no connection in time", True, None
-            case OSError(strerror=str(reason)) if not isinstance(cause, requests.RequestException):
+            case OSError(strerror=str(reason)):
                 return f"{reason} ({type(cause).__name__})", True, None
     return f"no complete answer ({type(causes[-1]).__name__})", True, None
