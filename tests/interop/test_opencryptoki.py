@@ -18,6 +18,8 @@ slot 3
 stdll = libpkcs11_sw.so
 }
 END
+printf 'root:x:0:\npkcs11:x:0:root\n' > /run/group
+mount --bind /run/group /etc/group
 mkdir -p /run/lock/opencryptoki /var/lib/opencryptoki/swtok/TOK_OBJ
 pkcsslotd
 trap 'kill "$(cat /run/pkcsslotd.pid)"' EXIT
