@@ -1,6 +1,9 @@
 """Keys on a token: made there, described, theirs and nobody else's, and deleted without harm to others."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from faults import FaultyModule
 from software_signer import SoftwareSigner
 from stranger import plant
 
-from hsm_signer import open_token, x509
+from hsm_signer import ecdsa, open_token, x509
 from hsm_signer.errors import (
     ConfigError,
     KeyAmbiguousError,
@@ -109,10 +112,33 @@ def test_a_label_or_id_that_is_taken_is_refused_and_what_was_there_stays(token: 
     assert token.signer("once", thumbprint=first.thumbprint)
 
 
-@pytest.mark.parametrize(("label", "key_id"), [("", None), ("x", b"")])
-def test_a_key_has_a_name(token: Token, label: str, key_id: bytes | None) -> None:
-    with pytest.raises(ConfigError):
-        token.generate_key(label, id=key_id)
+NO_NAMES = [
+    ("", None),
+    ("x", b""),
+    ("\ud800", None),
+    (5, None),
+    (b"x", None),
+    ("x", "id"),
+    ("x", 5),
+    ("x", []),
+]
+
+
+@pytest.mark.parametrize(("label", "key_id"), NO_NAMES)
+def test_a_name_that_a_token_cannot_be_given_is_refused_and_the_module_lives_on(
+    soft: SoftToken, label: object, key_id: object
+) -> None:
+    """In a process of its own: python-pkcs11 reads memory that is not its own over such a template."""
+    program = (
+        "import os, sys; from hsm_signer import open_token; from hsm_signer.errors import ConfigError\n"
+        "label, key_id = eval(sys.argv[3])\n"
+        "with open_token(sys.argv[1], module=sys.argv[2], pin=os.environ['TEST_PIN']) as token:\n"
+        "    try: token.generate_key(label, id=key_id)\n"
+        "    except ConfigError: print(token.keys() is not None)\n"
+    )
+    command = [sys.executable, "-c", program, soft.uri, soft.module, repr((label, key_id))]
+    done = subprocess.run(command, env=os.environ | {"TEST_PIN": soft.pin}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 @pytest.mark.parametrize("refusals", range(1, 6))
@@ -298,10 +324,25 @@ def test_a_certificate_is_stored_once_under_the_key_and_read_again(soft: SoftTok
 
 def test_a_certificate_of_another_key_is_refused(token: Token) -> None:
     token.generate_key("no-cert")
-    for der in (self_signed(SoftwareSigner()), b"no certificate", b""):
-        with pytest.raises(KeyMismatchError):
-            token.store_certificate("no-cert", der)
+    with pytest.raises(KeyMismatchError):
+        token.store_certificate("no-cert", self_signed(SoftwareSigner()))
     assert token.certificates("no-cert") == []
+
+
+def test_what_is_no_certificate_in_der_is_refused_before_the_token_is_asked(
+    soft: SoftToken, faulty: FaultyModule
+) -> None:
+    with open_token(soft.uri, module=faulty.path, pin=soft.pin) as token:
+        token.generate_key("der-only")
+        der = self_signed(token.signer("der-only"))
+        faulty.forget()
+        for content in (ecdsa.pem("CERTIFICATE", der).encode(), b"no certificate", b""):
+            with pytest.raises(ConfigError):
+                token.store_certificate("der-only", content)
+        for label in ("", "\ud800", 5):
+            with pytest.raises(ConfigError, match="label"):
+                token.store_certificate("der-only", der, label=label)
+        assert faulty.log() == []
 
 
 def test_a_deleted_key_takes_all_that_is_its_own_and_nothing_else(

@@ -29,7 +29,7 @@ def test_every_path_attribute_is_read() -> None:
         "slot-description": "Slot 0",
         "slot-id": 327,
     }
-    assert uri.key_attributes() == {"object": "das-2026", "type": "private", "id": b"\x01\xffA"}
+    assert (uri.object, uri.type, uri.id) == ("das-2026", "private", b"\x01\xffA")
 
 
 @pytest.mark.parametrize(

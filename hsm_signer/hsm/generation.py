@@ -28,7 +28,7 @@ from hsm_signer.hsm import keys, proof
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
 from hsm_signer.hsm.login import Login
-from hsm_signer.hsm.uri import Uri
+from hsm_signer.hsm.uri import Uri, checked_label
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ LADDER: tuple[tuple[_Template, _Template], ...] = (
     (_PUBLIC_LEFT_OUT, _PRIVATE | _LEFT_OUT),
     (_PUBLIC_LEFT_OUT, _PRIVATE | _LEFT_OUT | {Attribute.DERIVE: DEFAULT}),
 )
-WEAKENING = {"sensitive": False, "extractable": True}
 _TEMPLATE_REFUSED = (
     ArgumentsBad,
     AttributeReadOnly,
@@ -72,8 +71,9 @@ _TEMPLATE_REFUSED = (
 
 def generate(login: Login, label: str, key_id: bytes | None) -> KeyInfo:
     """Generate, read back, try out; what fails the policy is destroyed."""
-    if not label or key_id == b"":
-        raise ConfigError("a key needs a label and a CKA_ID that are not empty")
+    checked_label(label, "key")
+    if key_id is not None and not (isinstance(key_id, bytes) and key_id):
+        raise ConfigError("the CKA_ID of a key is bytes, at least one")
     chosen = secrets.token_bytes(16) if key_id is None else key_id
     with login.writable() as session:
         _require_free(session, Uri(object=label))

@@ -11,12 +11,12 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.util.x509 import decode_x509_certificate
 
 from hsm_signer import ecdsa
-from hsm_signer.errors import KeyMismatchError
+from hsm_signer.errors import ConfigError, KeyMismatchError
 from hsm_signer.hsm import keys
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey
 from hsm_signer.hsm.login import Login
-from hsm_signer.hsm.uri import Uri
+from hsm_signer.hsm.uri import Uri, checked_label
 from hsm_signer.jose import thumbprint as thumbprint_of
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,12 @@ def certificates(session: Any, login: Login, uri: Uri) -> list[bytes]:  # noqa: 
 
 def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None) -> None:
     """Write one certificate object under the key's CKA_ID (PKCS#11 v3.1 §4.6.3)."""
+    from hsm_signer import x509
+
+    if x509.read_certificate(der).der != der:
+        raise ConfigError("a certificate is stored in DER, but this one is in PEM")
+    if label is not None:
+        checked_label(label, "certificate")
     with login.writable() as session:
         key = keys.find_key(session, uri, login)
         if keys.point_of_certificate(der) != keys.require_proof(login, key):
@@ -42,7 +48,7 @@ def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None) -> 
             return
         template = decode_x509_certificate(der) | {
             Attribute.TOKEN: True,
-            Attribute.LABEL: label or key.label,
+            Attribute.LABEL: key.label if label is None else label,
             Attribute.ID: key.id,
         }
         session.create_object(template)

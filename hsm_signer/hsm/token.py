@@ -185,7 +185,8 @@ class Token:
     def store_certificate(self, key: str, der: bytes, *, label: str | None = None) -> None:
         """Put a certificate of the key on the token, under the key's CKA_ID, unless it is there.
 
-        ``label``: by default the key's. Raises :class:`KeyMismatchError` unless it holds the public half.
+        ``label``: by default the key's. Raises :class:`KeyMismatchError` unless it holds the public half,
+        :class:`ConfigError` for what is no certificate in DER.
         """
         uri = self._key_uri(key)
         self._sessions.run(

@@ -63,10 +63,6 @@ class Uri:
         """What is asked of module, slot and token, by the attributes' names in RFC 7512."""
         return {name: value for name, value in self._asked().items() if name not in _KEY_ATTRIBUTES}
 
-    def key_attributes(self) -> dict[str, Value]:
-        """What is asked of the key: ``object``, ``type``, ``id``."""
-        return {name: value for name, value in self._asked().items() if name in _KEY_ATTRIBUTES}
-
     def _asked(self) -> dict[str, Value]:
         values = {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
@@ -74,7 +70,7 @@ class Uri:
 
 def token_uri(text: str) -> Uri:
     """Read what chooses a token: a URI, or the token's label alone."""
-    return parse(text) if _is_uri(text) else Uri(token=_label(text, "token"))
+    return parse(text) if _is_uri(text) else Uri(token=checked_label(text, "token"))
 
 
 def key_uri(text: str) -> Uri:
@@ -82,7 +78,7 @@ def key_uri(text: str) -> Uri:
 
     ``type`` can be left out or ``private``: what signs is the private key.
     """
-    uri = parse(text) if _is_uri(text) else Uri(object=_label(text, "key"))
+    uri = parse(text) if _is_uri(text) else Uri(object=checked_label(text, "key"))
     if uri.type not in (None, "private"):
         raise ConfigError(f"a signing key has type=private, but the URI says type={uri.type}")
     return uri
@@ -110,7 +106,10 @@ def _is_uri(text: str) -> bool:
     return text[: len("pkcs11:")].lower() == "pkcs11:"
 
 
-def _label(text: str, what: str) -> str:
+def checked_label(text: str, what: str) -> str:
+    """A label that a module can be given: python-pkcs11 ends the process over one that it cannot write."""
+    if not isinstance(text, str):
+        raise ConfigError(f"the label of the {what} is text, found {type(text).__name__}")
     if not text:
         raise ConfigError(f"the label of the {what} is empty")
     try:
