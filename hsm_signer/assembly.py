@@ -115,7 +115,8 @@ def client_assertion(settings: Settings, endpoint: str) -> "ClientAssertion":
         from hsm_signer.hsm.signer import HsmSigner
 
         token = signer.token_info if isinstance(signer, HsmSigner) else None
-        record(settings, "assertion signed", token, thumbprint=signer.kid, aud=audience, jti=jti)
+        thumbprint = signer.verifies_under if isinstance(signer, HsmSigner) else signer.kid
+        record(settings, "assertion signed", token, thumbprint=thumbprint, aud=audience, jti=jti)
 
     return RecordedAssertion(
         str(settings.client_id),

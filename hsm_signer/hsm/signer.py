@@ -62,6 +62,15 @@ class HsmSigner:
         return thumbprint(self.jwk)
 
     @property
+    def verifies_under(self) -> str:
+        """Thumbprint of the public half that each signature was verified under, for a record of what was signed.
+
+        Whoever has such a signature can tell as much. So it costs no challenge, unlike :attr:`kid`, by which
+        others will know the key.
+        """
+        return self.kid if self._public_key is None else thumbprint(ecdsa.jwk_from_point(self._point))
+
+    @property
     def jwk(self) -> dict[str, str]:
         """The public half (RFC 7518 §6.2): ``kty``, ``crv``, ``x``, ``y``."""
         return ecdsa.jwk_from_point(self._own_point())
