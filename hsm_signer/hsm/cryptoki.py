@@ -1,8 +1,8 @@
-"""PKCS#11 functions below python-pkcs11: initialisation for threads, and sessions that it lost sight of.
+"""PKCS#11 functions below python-pkcs11: initialisation for threads, sessions that it lost sight of, signatures.
 
 python-pkcs11 calls ``C_Initialize(NULL)``, which tells the module that there is one thread, and then runs
 every call without the GIL: threads crash it. Here a module is told the truth (``CKF_OS_LOCKING_OK``, PKCS#11
-v3.1 §5.4).
+v3.1 §5.4). And it makes three calls for a signature, since it asks for the length first; here there are two.
 """
 
 import ctypes
@@ -23,9 +23,16 @@ _USER_FUNCTIONS = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTI
 
 
 _INITIALIZE, _FINALIZE, _CLOSE_SESSION, _GET_SESSION_INFO = 0, 1, 13, 15  # places in CK_FUNCTION_LIST
+_SIGN_INIT, _SIGN = 42, 43
 _POINTER_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)
 _HANDLE_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)
 _SESSION_INFO_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)
+_SIGN_INIT_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong)
+_SIGN_CALL = ctypes.CFUNCTYPE(
+    ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p
+)
+
+_Signature = ctypes.c_char * 144  # bytes; a DER signature of P-521, the longest, has 139
 
 
 class _InitializeArgs(ctypes.Structure):
@@ -49,12 +56,27 @@ class _SessionInfo(ctypes.Structure):
     )
 
 
+class _Mechanism(ctypes.Structure):
+    """``CK_MECHANISM``."""
+
+    if os.name == "nt":
+        _pack_ = 1
+    _fields_ = (
+        ("mechanism", ctypes.c_ulong),
+        ("parameter", ctypes.c_void_p),
+        ("parameter_length", ctypes.c_ulong),
+    )
+
+
+_ECDSA = _Mechanism(0x1041)  # CKM_ECDSA, which has no parameter
+
+
 class _FunctionList(ctypes.Structure):
     """The head of ``CK_FUNCTION_LIST``: a version and pointers in the order of PKCS#11 v3.1 §3.6."""
 
     if os.name == "nt":
         _pack_ = 1
-    _fields_ = (("version", ctypes.c_ubyte * 2), ("functions", ctypes.c_void_p * 16))
+    _fields_ = (("version", ctypes.c_ubyte * 2), ("functions", ctypes.c_void_p * 44))
 
 
 class Functions:
@@ -62,6 +84,8 @@ class Functions:
 
     def __init__(self, functions: _FunctionList) -> None:
         self._list = functions
+        self._sign_init = _SIGN_INIT_CALL(functions.functions[_SIGN_INIT])
+        self._sign = _SIGN_CALL(functions.functions[_SIGN])
 
     def initialize(self) -> int:
         arguments = _InitializeArgs(flags=_OS_LOCKING_OK)
@@ -77,6 +101,18 @@ class Functions:
         info = _SessionInfo()
         call = _SESSION_INFO_CALL(self._list.functions[_GET_SESSION_INFO])
         return call(handle, ctypes.addressof(info)) == _OK and info.state in _USER_FUNCTIONS
+
+    def sign_ecdsa(self, session: int, key: int, digest: bytes) -> bytes:
+        """``C_SignInit`` and ``C_Sign`` with ``CKM_ECDSA``: what the token answers, by handles."""
+        signature, length = _Signature(), ctypes.c_ulong(ctypes.sizeof(_Signature))
+        _accepted("C_SignInit", self._sign_init(session, ctypes.addressof(_ECDSA), key))
+        _accepted("C_Sign", self._sign(session, digest, len(digest), signature, ctypes.byref(length)))
+        return signature.raw[: length.value]
+
+
+def _accepted(function: str, answer: int) -> None:
+    if answer != _OK:
+        raise PKCS11Error(f"{function} answered {name_of(answer)} ({answer:#x})")
 
 
 def _functions(path: str) -> Functions | None:
@@ -111,10 +147,11 @@ class Library(_pkcs11.lib):
             answer = self.functions.initialize()
             if answer == _OK:
                 self.locked = self.owned = True
-            if answer in (_OK, _ALREADY_INITIALIZED):
+            if answer == _ALREADY_INITIALIZED:
                 return
             if answer not in _CANNOT_LOCK:
-                raise PKCS11Error(f"C_Initialize answered {name_of(answer)} ({answer:#x})")
+                _accepted("C_Initialize", answer)
+                return
         try:
             super().initialize()
         except PKCS11Error as exc:

@@ -20,7 +20,6 @@ from pkcs11.exceptions import (
     AttributeTypeInvalid,
     FunctionFailed,
     GeneralError,
-    MechanismInvalid,
     PKCS11Error,
 )
 from pkcs11.mechanisms import KeyType, Mechanism
@@ -76,8 +75,6 @@ _NOT_FOR_SIGNING = frozenset(
         "CKR_MECHANISM_INVALID",
     }
 )
-_SIGNATURE_BUFFER = 144  # bytes; a DER signature of P-521, the longest, has 139
-_ECDSA = Mechanism.ECDSA
 _CHALLENGE_PREFIX = b"hsm-signer: which key is it?\0"
 
 
@@ -117,9 +114,11 @@ class SigningKey(_pkcs11.PrivateKey, _pkcs11.SignMixin, _pkcs11.Object):  # type
 
 @dataclass(frozen=True)
 class FoundKey:
-    """A private key in one session, its attributes read once."""
+    """A private key in one session, its attributes read once; the numbers are the module's own handles."""
 
     handle: Any
+    number: int
+    session_number: int
     label: str
     id: bytes
     curve: str
@@ -196,6 +195,8 @@ def _described(handle: Any) -> FoundKey:  # noqa: ANN401
     point = found.get(Attribute.EC_POINT)
     return FoundKey(
         handle=SigningKey(handle.wrapper),
+        number=handle.handle,
+        session_number=handle.session.handle,
         label=found.get(Attribute.LABEL, ""),
         id=found.get(Attribute.ID, b""),
         curve=curve,
@@ -277,26 +278,25 @@ def beside(key: FoundKey, object_class: ObjectClass) -> dict[Attribute, object]:
 
 def sign_es256(login: Login, key: FoundKey, data: bytes) -> bytes:
     """ECDSA with SHA-256 as the token answers it; a token without CKM_ECDSA hashes by itself."""
-    answer: bytes
     if login.hashes:
         return _sign(login, key, Mechanism.ECDSA_SHA256, data)
+    digest, direct = hashlib.sha256(data).digest(), login.module.direct
     try:
-        if key.always_authenticate:
-            return _sign(login, key, _ECDSA, hashlib.sha256(data).digest())
-        answer = key.handle.sign(
-            hashlib.sha256(data).digest(), mechanism=_ECDSA, buffer_size=_SIGNATURE_BUFFER
-        )
-    except MechanismInvalid:
+        if direct is None or key.always_authenticate:
+            return _sign(login, key, Mechanism.ECDSA, digest)
+        return direct.sign_ecdsa(key.session_number, key.number, digest)
+    except PKCS11Error as exc:
+        if code_of(exc) != "CKR_MECHANISM_INVALID":
+            raise
         offered = login.token.slot.get_mechanisms()
-        if _ECDSA in offered or Mechanism.ECDSA_SHA256 not in offered:
+        if Mechanism.ECDSA in offered or Mechanism.ECDSA_SHA256 not in offered:
             raise
         login.hashes = True
         return _sign(login, key, Mechanism.ECDSA_SHA256, data)
-    return answer
 
 
 def _sign(login: Login, key: FoundKey, mechanism: Mechanism, data: bytes) -> bytes:
-    sign = partial(key.handle.sign, data, mechanism=mechanism, buffer_size=_SIGNATURE_BUFFER)
+    sign = partial(key.handle.sign, data, mechanism=mechanism)
     if not key.always_authenticate:
         return bytes(sign())
     with login.context_login() as pin:

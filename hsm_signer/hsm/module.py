@@ -50,6 +50,7 @@ class Module:
         self.path = path
         self.library = library
         self.locked = locked
+        self.direct = library.functions if library.locked else None  # else they may not be initialised
         self.lock = threading.RLock()
         self._process = os.getpid()
         self.generation = 0
