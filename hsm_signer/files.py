@@ -76,11 +76,15 @@ def read_bytes(
     return content
 
 
-def create(path: Path, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None) -> None:
+def create(
+    path: Path, content: bytes, *, mode: int = 0o600, group: int | None = None, dir_fd: int | None = None
+) -> None:
     """Write a file that must not exist yet, and sync it; ``FileExistsError`` where anything has that name."""
-    descriptor = os.open(path, _CREATE, mode, dir_fd=dir_fd)
+    descriptor = os.open(path, _CREATE, 0o600, dir_fd=dir_fd)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if group is not None and hasattr(os, "fchown"):
+                os.fchown(descriptor, -1, group)  # before the mode, which could open it to another group
             if hasattr(os, "fchmod"):
                 os.fchmod(descriptor, mode)  # whatever the umask is
             file.write(content)
@@ -94,16 +98,18 @@ def create(path: Path, content: bytes, *, mode: int = 0o600, dir_fd: int | None 
 def replace(path: Path, content: bytes, *, mode: int | None = None, dir_fd: int | None = None) -> None:
     """Put a file in the place of ``path`` in one step; whoever reads sees the old content or the new.
 
-    Without ``mode`` a file that exists keeps its own, and a new one gets 0600.
+    Without ``mode`` a file that exists keeps its own and its group, and a new one gets 0600; ``OSError``
+    where the group may not be given.
     """
+    group = None
     if mode is None:
         mode = 0o600
         with suppress(OSError):
             found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
             if stat.S_ISREG(found.st_mode):
-                mode = stat.S_IMODE(found.st_mode) & 0o777
+                mode, group = stat.S_IMODE(found.st_mode) & 0o777, found.st_gid
     fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    create(fresh, content, mode=mode, dir_fd=dir_fd)
+    create(fresh, content, mode=mode, group=group, dir_fd=dir_fd)
     try:
         os.replace(fresh, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:

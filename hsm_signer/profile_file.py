@@ -29,7 +29,9 @@ _STATEMENT = re.compile(
 
 
 def change(path: Path, profile: str, changes: Mapping[str, str | None]) -> None:
-    """Set, add or (``None``) remove settings of a profile by one atomic replacement; mode and comments stay.
+    """Set, add or (``None``) remove settings of a profile by one atomic replacement.
+
+    Comments, mode and group stay.
 
     Raises :class:`ProfileNotChangedError` with the lines for a person to change where the file is not ours to
     write, or is written in a way that this does not edit.

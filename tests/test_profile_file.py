@@ -1,5 +1,7 @@
 """A profile is changed in its TOML file, and nothing else in it."""
 
+import errno
+import os
 import tomllib
 from pathlib import Path
 
@@ -146,6 +148,38 @@ def test_the_file_is_replaced_at_once_and_keeps_its_mode(tmp_path: Path) -> None
     assert file.read_text() == FILE.replace('"das-2026" ', '"das-2028" ')
     assert file.stat().st_mode == before.st_mode
     assert file.stat().st_ino != before.st_ino
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def another_group() -> int:
+    """A group that we may give a file, other than the one that new files get, if there is one."""
+    if os.geteuid() == 0:
+        return 1
+    return next((group for group in os.getgroups() if group != os.getegid()), os.getegid())
+
+
+def test_the_file_keeps_its_group_which_is_who_may_read_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(FILE)
+    os.chown(file, -1, another_group())
+    file.chmod(0o640)
+    change(file, "das", {"key": "das-2028"})
+    assert (file.stat().st_gid, file.stat().st_mode & 0o777) == (another_group(), 0o640)
+
+
+def test_a_file_whose_group_cannot_be_kept_is_left_and_the_lines_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    file = tmp_path / "config.toml"
+    file.write_text(FILE)
+    monkeypatch.setattr(os, "fchown", refused)  # as for a member of no such group
+    with pytest.raises(ProfileNotChangedError, match="not permitted") as caught:
+        change(file, "das", {"key": "das-2028"})
+    assert caught.value.lines == ("[profiles.das]", 'key = "das-2028"')
+    assert file.read_text() == FILE
     assert list(tmp_path.iterdir()) == [file]
 
 
