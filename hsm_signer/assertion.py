@@ -35,14 +35,19 @@ class ClientAssertion:
     def __post_init__(self) -> None:
         for name in ("client_id", "audience"):
             value = getattr(self, name)
-            if not value or not value.isascii() or not value.isprintable():
+            if not value or not _is_printable_ascii(value):
                 raise ConfigError(f"{name} must be printable ASCII and not empty, found {value!r}")
-        if not 1 <= self.lifetime <= MAX_LIFETIME:
-            raise ConfigError(f"lifetime must be 1 to {MAX_LIFETIME} seconds, found {self.lifetime}")
-        if abs(self.clock_offset) > MAX_CLOCK_OFFSET:
+        # type() and not isinstance(): True is an int
+        if type(self.lifetime) is not int or not 1 <= self.lifetime <= MAX_LIFETIME:
+            raise ConfigError(f"lifetime must be 1 to {MAX_LIFETIME} seconds, found {self.lifetime!r}")
+        if type(self.clock_offset) is not int or abs(self.clock_offset) > MAX_CLOCK_OFFSET:
             raise ConfigError(
-                f"clock offset is at most {MAX_CLOCK_OFFSET} seconds, found {self.clock_offset}"
+                f"clock offset is at most {MAX_CLOCK_OFFSET} whole seconds, found {self.clock_offset!r}"
             )
+        if not _is_printable_ascii(self.typ):
+            raise ConfigError(f"typ must be printable ASCII, or empty to leave it out, found {self.typ!r}")
+        if type(self.kid) is not bool and not _is_name(self.kid):
+            raise ConfigError(f"kid must be true, false or a printable name, found {self.kid!r}")
         if self.claims not in ("minimal", "oidc"):
             raise ConfigError(f'claims must be "minimal" or "oidc", found {self.claims!r}')
 
@@ -76,3 +81,11 @@ class ClientAssertion:
         now = int(time.time()) if now is None else now
         jti = secrets.token_urlsafe(16) if jti is None else jti
         return sign_compact(self.header(signer), self.claims_at(now, jti), signer)
+
+
+def _is_printable_ascii(value: object) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable()
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != "" and value.isprintable()

@@ -42,7 +42,9 @@ def raw_from_der(der: bytes, size: int = SIZE) -> bytes:
     """
     if type(der) is not bytes:
         raise SignatureFormatError(f"a DER signature is bytes, found {type(der).__name__}")
-    if size not in _ORDERS or len(der) > 2 * size + 9:  # 9: all tags, lengths and signs, for P-521
+    if type(size) is not int or size not in _ORDERS:
+        raise SignatureFormatError(f"an integer of the signature has 32, 48 or 66 bytes, found {size!r}")
+    if len(der) > 2 * size + 9:  # 9: all tags, lengths and signs, for P-521
         raise SignatureFormatError(f"{len(der)} bytes are no DER ECDSA signature of {size}-byte integers")
     try:
         value = _ecdsa_sig_value().load(der, strict=True)

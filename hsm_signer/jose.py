@@ -9,6 +9,8 @@ from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Mapping
 from typing import Protocol
 
+from hsm_signer.errors import ConfigError
+
 _compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
@@ -57,6 +59,11 @@ def jwk_set(signer: Signer, certificate: bytes | None = None) -> dict[str, list[
 
 
 def thumbprint(jwk: Mapping[str, str]) -> str:
-    """SHA-256 thumbprint of an EC JWK (RFC 7638 §3); further members do not count."""
-    required = {name: jwk[name] for name in ("crv", "kty", "x", "y")}
+    """SHA-256 thumbprint of an EC JWK (RFC 7638 §3); further members do not count.
+
+    Raises :class:`ConfigError` for a JWK of another kind, or one that lacks a member.
+    """
+    required = {name: jwk.get(name) for name in ("crv", "kty", "x", "y")}
+    if required["kty"] != "EC" or not all(isinstance(each, str) and each for each in required.values()):
+        raise ConfigError("a thumbprint is made of an EC JWK with kty, crv, x and y; this is none")
     return b64url(hashlib.sha256(_compact_json(required).encode()).digest())

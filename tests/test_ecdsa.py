@@ -55,6 +55,12 @@ def test_der_and_raw_are_inverse_and_der_is_what_cryptography_writes(r: int, s: 
     )  # which is then taken for r‖s, and never verifies
 
 
+@pytest.mark.parametrize("size", [0, 31, 64, 32.0, True, None, "32", []])
+def test_a_size_that_no_curve_has_is_refused(size: int) -> None:
+    with pytest.raises(SignatureFormatError, match="32, 48 or 66 bytes"):
+        ecdsa.raw_from_der(ecdsa.der_from_raw(bytes([1]) * 64), size)
+
+
 @given(SIZES, st.data())
 def test_larger_curves_are_padded_to_their_own_size(size: int, data: st.DataObject) -> None:
     r, s = (data.draw(st.integers(1, ORDERS[size] - 1)) for _ in range(2))

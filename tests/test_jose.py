@@ -7,6 +7,7 @@ import pytest
 from software_signer import SoftwareSigner
 
 from hsm_signer import ClientAssertion
+from hsm_signer.errors import ConfigError
 from hsm_signer.jose import b64url, json_b64url, sign_compact, thumbprint
 from hsm_signer.verification import PublicKey
 
@@ -81,6 +82,57 @@ def test_the_thumbprint_is_the_one_that_joserfc_finds() -> None:
 
     for jwk in (RFC_7515_A_3_KEY, SoftwareSigner().jwk):
         assert thumbprint(jwk) == ECKey.import_key(dict(jwk)).thumbprint()
+
+
+@pytest.mark.parametrize(
+    "jwk",
+    [
+        {"kty": "RSA", "n": "AQAB", "e": "AQAB"},
+        {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"},
+        RFC_7515_A_3_KEY | {"kty": "oct"},
+        RFC_7515_A_3_KEY | {"x": ""},
+        RFC_7515_A_3_KEY | {"y": 1},
+        {},
+    ],
+)
+def test_a_jwk_that_is_no_ec_key_has_no_thumbprint_here(jwk: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="EC JWK"):
+        thumbprint(jwk)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("client_id", value) for value in ("", "ü", "a\n", 5, None, b"client")),
+        *(("audience", value) for value in ("", "ü", 5, None)),
+        *(("lifetime", value) for value in (0, 1801, True, 1.5, "60", float("nan"), None)),
+        *(("clock_offset", value) for value in (601, -601, True, 0.5, float("nan"), "0")),
+        *(("kid", value) for value in ("", 1, None, "\ud800", "a\n")),
+        *(("typ", value) for value in (5, None, ["JWT"], "ü")),
+        *(("claims", value) for value in ("all", "", None, [])),
+    ],
+)
+def test_an_assertion_that_no_server_takes_is_refused_when_it_is_made(name: str, value: object) -> None:
+    values: dict[str, object] = {"client_id": "client", "audience": "https://example.com/token"}
+    with pytest.raises(ConfigError, match=name.replace("_", ".")):
+        ClientAssertion(**values | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("kid", "typ", "header"),
+    [
+        (False, "", {"alg": "ES256"}),
+        ("office/1=", "client-authentication+jwt", {"typ": "client-authentication+jwt", "kid": "office/1="}),
+        (True, "JWT", {"typ": "JWT", "kid": "the thumbprint"}),
+    ],
+)
+def test_the_header_has_what_was_asked_for(kid: bool | str, typ: str, header: dict[str, str]) -> None:
+    signer = SoftwareSigner()
+    expected = {"alg": "ES256", **header}
+    if kid is True:
+        expected["kid"] = signer.kid
+    assertion = ClientAssertion("client", "https://example.com/token", kid=kid, typ=typ)
+    assert assertion.header(signer) == expected
 
 
 def test_wipos_published_sample_comes_out_byte_for_byte() -> None:
