@@ -6,6 +6,7 @@ one: a regular file of ours or root's that nobody else can write, and never one 
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -36,16 +37,21 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "claims": "minimal",
     },
     "oidc": {"claims": "oidc"},  # OpenID Connect Core §9: jti is required; aud is the token endpoint
-    "fapi2": {
-        "claims": "oidc"
-    },  # FAPI 2.0 Security Profile §5.3.3.1: aud is the issuer, see Settings.audience_for
+    # FAPI 2.0 Security Profile §5.3.3.1: aud is the issuer, see Settings.audience_for
+    "fapi2": {"claims": "oidc"},
 }
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text that is not empty")
+    if "\0" in value:
+        raise ValueError("a text without NUL characters")
     return value
+
+
+def _text_or_empty(value: object) -> str:
+    return "" if value == "" else _text(value)
 
 
 def _url(value: object) -> str:
@@ -53,7 +59,7 @@ def _url(value: object) -> str:
 
 
 def _integer(value: object) -> int:
-    if isinstance(value, str) and value.removeprefix("-").isdecimal():
+    if isinstance(value, str) and re.fullmatch("-?[0-9]{1,9}", value):
         value = int(value)
     if type(value) is not int:
         raise ValueError("a whole number")
@@ -99,6 +105,8 @@ def _preset(value: object) -> str:
 def _environment(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise ValueError("a table of texts")
+    if any(not name or "=" in name or "\0" in name + text for name, text in value.items()):
+        raise ValueError("a table of texts, without = in the names and without NUL characters")
     return dict(value)
 
 
@@ -143,7 +151,7 @@ class Settings:
     kid: bool | str = _setting(
         _kid, "true: kid is the thumbprint; a text: the kid that the server gave", default=False
     )
-    typ: str = _setting(str, "typ of the assertion's header; empty leaves it out", default="JWT")
+    typ: str = _setting(_text_or_empty, "typ of the assertion's header; empty leaves it out", default="JWT")
     clock_offset: int = _setting(_integer, "seconds to add to our clock", default=0)
     timeout: tuple[float, float] = _setting(_timeout, "seconds to connect and to read", default=(5.0, 15.0))
     deadline: float = _setting(_seconds, "seconds for all attempts together", default=60.0)
@@ -159,7 +167,9 @@ class Settings:
     next_certificate: str | None = _setting(_text, "file of the next certificate", path=True)
     previous_key: str | None = _setting(_text, "the key before this one, until it is retired")
     previous_key_thumbprint: str | None = _setting(_text, "RFC 7638 thumbprint of the previous key")
-    module_env: Mapping[str, str] | None = _setting(_environment, "variables set before the module is loaded")
+    module_env: Mapping[str, str] | None = _setting(
+        _environment, "variables set before the module is loaded, with absolute paths: they are not changed"
+    )
 
     config: Path | None = None
     profile: str | None = None
@@ -290,9 +300,8 @@ def _document(named: object) -> tuple[Path, Mapping[str, object]]:
         raise ConfigError(f"cannot read {path}: {unreadable.strerror}") from None
     try:
         return path, tomllib.loads(text.decode())
-    except (
-        ValueError
-    ) as broken:  # TOMLDecodeError and UnicodeDecodeError; its text names line and column only
+    # TOMLDecodeError and UnicodeDecodeError; the text names line and column only
+    except ValueError as broken:
         raise ConfigError(f"{path} is no TOML: {broken}") from None
 
 
@@ -338,15 +347,36 @@ def _known(name: str, where: str) -> bool:
 
 def _relative_to(directory: Path, name: str, value: object) -> object:
     """Paths in a configuration file are relative to it."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         return value
     if SETTINGS[name].metadata["path"]:
         return str(directory / value)
-    if name == "pin_source" and value.startswith("file:"):
-        return f"file:{directory / value.removeprefix('file:')}"
+    if name == "pin_source":
+        return _pin_source_relative_to(directory, value)
     if name == "module" and not Path(value).is_absolute():
         raise ConfigError(f"module {value!r} must be an absolute path in a configuration file")
     return value
+
+
+def _pin_source_relative_to(directory: Path, source: str) -> str:
+    """Of a command only a first word with a slash in it is a path; others are looked up in ``PATH``.
+
+    Left as it is, it would run a file of the working directory.
+    """
+    kind, _, argument = source.partition(":")
+    if kind == "file" and argument:
+        return f"file:{directory / argument}"
+    if kind != "command":
+        return source
+    import shlex
+
+    try:
+        words = shlex.split(argument)
+    except ValueError:  # pin.py says so when the PIN is wanted
+        return source
+    if not words or "/" not in words[0] or Path(words[0]).is_absolute():
+        return source
+    return f"command:{shlex.join([str(directory / words[0]), *words[1:]])}"
 
 
 def prepared_module(settings: Settings) -> str:

@@ -1,6 +1,7 @@
 """Settings and the layers they come from."""
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,19 @@ def test_a_pin_in_the_file_is_refused_and_not_shown(written):
         "preset = 'wipo'",
         "sessions = 1.5",
         "module = 'libsofthsm2.so'",
+        'module = "/lib/a\\u0000"',
+        'ca-bundle = "a\\u0000"',
+        'module-env = {"A=B" = "x"}',
+        'module-env = {"" = "x"}',
+        'module-env = {"A\\u0000" = "x"}',
+        'module-env = {A = "x\\u0000"}',
+        "typ = 5",
+        "typ = ['JWT']",
+        "lifetime = '" + "9" * 5000 + "'",
+        "cache = ''",
+        "state-dir = ''",
+        "certificate = ''",
+        "pin-source = ''",
     ],
 )
 def test_a_wrong_type_is_an_error_that_names_the_key(written, line):
@@ -150,6 +164,31 @@ def test_paths_in_the_file_are_relative_to_it(written, tmp_path):
     assert settings.ca_bundle == str(tmp_path / "ca.pem")
     assert settings.pin_source == f"file:{tmp_path}/pin"
     assert settings.cache == "/abs"
+
+
+def test_an_empty_typ_leaves_it_out(written):
+    assert load(written("[profiles.a]\ntyp = ''\n")).typ == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("./getpin --for das", ["{}/getpin", "--for", "das"]),
+        ("'bin/get pin' 'a b'", ["{}/bin/get pin", "a b"]),
+        ("../getpin", ["{}/../getpin"]),
+        ("pass show hsm/pin", ["pass", "show", "hsm/pin"]),
+        ("/usr/bin/pass  'a b'", ["/usr/bin/pass", "a b"]),
+    ],
+)
+def test_a_pin_command_of_the_file_is_not_one_of_the_working_directory(written, tmp_path, command, words):
+    source = load(written(f'[profiles.a]\npin-source = "command:{command}"\n')).pin_source
+    kind, _, found = str(source).partition(":")
+    assert (kind, shlex.split(found)) == ("command", [word.format(tmp_path) for word in words])
+
+
+def test_a_pin_command_that_is_no_command_stays_for_the_source_to_refuse(written):
+    for source in ("command:'unclosed", "command:", "file:"):
+        assert load(written(f'[profiles.a]\npin-source = "{source}"\n')).pin_source == source
 
 
 def test_audience_of_another_server_from_another_layer_is_refused(written):
