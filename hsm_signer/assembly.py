@@ -3,6 +3,7 @@
 What a cached access token does not need is imported inside the functions: most runs find one.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,7 +169,11 @@ def server_metadata(settings: Settings, *, cached: bool = True) -> "ServerMetada
 
     settings.require("issuer")
     issuer = str(settings.issuer)
-    identity = {"issuer": issuer, "ca_bundle": settings.ca_bundle, "proxy": proxy_for(settings, issuer)}
+    identity = {
+        "issuer": issuer,
+        "ca_bundle": settings.ca_bundle,
+        "proxy": _digest(proxy_for(settings, issuer)),
+    }
     return discover(
         issuer,
         transport(settings, issuer),
@@ -197,11 +202,19 @@ def access_token_cache(settings: Settings, endpoint: str) -> TokenCache:
         "key",
         "key_thumbprint",
         "ca_bundle",
-        "proxy",
     )
     identity = {name: getattr(settings, name) for name in names}
-    identity |= {"endpoint": endpoint, "audience": settings.audience_for(endpoint)}
+    identity |= {
+        "endpoint": endpoint,
+        "audience": settings.audience_for(endpoint),
+        "proxy": _digest(settings.proxy),
+    }
     return TokenCache(cache_directory(settings), identity)
+
+
+def _digest(proxy: str | None) -> str | None:
+    """What tells proxies apart in a file that need not hold their passwords."""
+    return hashlib.sha256(proxy.encode(errors="surrogatepass")).hexdigest() if proxy else None
 
 
 def cache_directory(settings: Settings) -> Path:

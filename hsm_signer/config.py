@@ -179,6 +179,10 @@ class Settings:
         """The layer that a setting came from: option, environment, profile, preset or default."""
         return self.origins.get(name, "default")
 
+    def shown(self, name: str) -> object:
+        """The value of a setting as it may be shown: a proxy without its password."""
+        return url.without_password(self.proxy) if name == "proxy" and self.proxy else getattr(self, name)
+
     def require(self, *names: str) -> None:
         """Raise :class:`ConfigError` that says how to give the first of these settings that is missing."""
         for name in names:

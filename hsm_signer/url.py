@@ -96,6 +96,11 @@ def parse_proxy(text: str) -> str:
     return f"{scheme}{userinfo}{url.text.removeprefix(scheme)}"
 
 
+def without_password(proxy: str) -> str:
+    """Give the URL of a proxy, well-formed or not, with ``…`` in the place of the password, to be shown."""
+    return re.sub(r"(?s)\A((?:https?://)?+[^:/@]*+).+@", r"\1:…@", proxy)
+
+
 def parse_origin(text: str, *, what: str) -> Url:
     """Judge a URL that is an origin: at most a ``/`` may follow. Raises :class:`ConfigError`."""
     url = parse(text, what=what)

@@ -59,6 +59,19 @@ def test_fetch_as_json_tells_when_the_token_expires(scratch):
     }
 
 
+def test_a_proxys_password_is_neither_shown_nor_kept(scratch):
+    scratch.configure(proxy="http://user:canarypw@127.0.0.1:9")  # never used for loopback
+    shown = [scratch.run("config", "show", *form).stdout for form in ((), ("--json",))]
+    assert all("127.0.0.1:9" in text and "canarypw" not in text for text in shown)
+    token = scratch.run("fetch").stdout
+    kept = [path for path in (scratch.home / "cache").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".token" for path in kept)
+    assert not [path for path in kept if b"canarypw" in path.read_bytes()]
+    assert scratch.run("fetch").stdout == token
+    scratch.configure(proxy="http://user:canarypw2@127.0.0.1:9")
+    assert scratch.run("fetch").stdout != token
+
+
 def test_fetch_takes_the_cached_token_unless_told_otherwise(scratch):
     first = scratch.run("fetch").stdout
     assert scratch.run("fetch").stdout == first

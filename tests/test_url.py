@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hsm_signer.errors import ConfigError
 from hsm_signer.oauth.connections import Connections
-from hsm_signer.url import Url, parse, parse_origin, parse_proxy, same_origin
+from hsm_signer.url import Url, parse, parse_origin, parse_proxy, same_origin, without_password
 
 GOOD = [
     ("https://www5.wipo.int/am/oauth2/access_token", "https://www5.wipo.int"),
@@ -221,3 +221,19 @@ def test_a_proxy_that_is_none_is_refused_without_its_password(text: str) -> None
     with pytest.raises(ConfigError, match=r"^proxy: ") as caught:
         parse_proxy(text)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "shown"),
+    [
+        ("http://user:secretpw@proxy.example:3128", "http://user:…@proxy.example:3128"),
+        ("user:secretpw@proxy.example", "user:…@proxy.example"),
+        ("http://user@proxy.example", "http://user@proxy.example"),
+        ("http://proxy.example:3128/", "http://proxy.example:3128/"),
+        ("http://user:sec@secretpw@proxy.example", "http://user:…@proxy.example"),
+        ("ftp://user:secretpw@proxy.example", "ftp:…@proxy.example"),
+        ("http://user:secretpw secretpw@proxy.example", "http://user:…@proxy.example"),
+    ],
+)
+def test_a_proxy_is_shown_without_its_password(proxy: str, shown: str) -> None:
+    assert without_password(proxy) == shown

@@ -45,7 +45,7 @@ def show(settings: Settings, as_json: options.Json = False) -> None:
 
     Example: hsm-token config show --profile das
     """
-    rows = [(name.replace("_", "-"), getattr(settings, name), settings.origin(name)) for name in SETTINGS]
+    rows = [(name.replace("_", "-"), settings.shown(name), settings.origin(name)) for name in SETTINGS]
     if as_json:
         document = {name: {"value": value, "from": origin} for name, value, origin in rows}
         terminal.json_result(
