@@ -27,7 +27,14 @@ from endpoint import GRANT, Endpoint, Reply, Seen, raw_server
 from software_signer import SoftwareSigner
 
 from hsm_signer import ClientAssertion, TokenClient, open_token
-from hsm_signer.errors import ConfigError, HsmSignerError, OAuthError, TokenResponseError, TransportError
+from hsm_signer.errors import (
+    ConfigError,
+    HsmSignerError,
+    OAuthError,
+    TokenError,
+    TokenResponseError,
+    TransportError,
+)
 from hsm_signer.oauth.cache import TokenCache
 from hsm_signer.oauth.response import TokenResponse
 
@@ -571,6 +578,31 @@ def test_a_refusal_names_likely_causes_in_order_with_our_values(
     assert "kid 'key-7'" in hint_of(client(assertion=keyed))
     own = ClientAssertion(CLIENT_ID, endpoint.url, kid=True)
     assert f"kid '{signer.kid}'" in hint_of(client(assertion=own))
+
+
+class PulledAfterSigning:
+    """A card that is gone when the server's answer comes."""
+
+    alg = "ES256"
+
+    def __init__(self) -> None:
+        self._signer = SoftwareSigner()
+
+    def sign(self, data: bytes) -> bytes:
+        return self._signer.sign(data)
+
+    @property
+    def kid(self) -> str:
+        raise TokenError("the token is gone", code="CKR_DEVICE_REMOVED")
+
+    jwk = kid
+
+
+def test_a_refusal_comes_through_though_the_card_is_pulled_meanwhile(
+    endpoint: Endpoint, client: Callable[..., TokenClient]
+) -> None:
+    endpoint.answer = Reply(401, {"error": "invalid_client"})
+    assert f"aud than '{endpoint.url}'" in hint_of(client(signer=PulledAfterSigning()))
 
 
 @pytest.mark.parametrize(

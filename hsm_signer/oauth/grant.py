@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hsm_signer.assertion import ClientAssertion
-from hsm_signer.errors import OAuthError, TokenResponseError, TransportError
+from hsm_signer.errors import HsmSignerError, OAuthError, TokenResponseError, TransportError
 from hsm_signer.jose import Signer
 from hsm_signer.oauth.hints import refusal_hint
 from hsm_signer.oauth.response import TokenResponse, parse
@@ -84,11 +84,20 @@ class Grant:
     def _hint(self, refusal: OAuthError | TransportError, answer: Answer, signer: Signer | None) -> str:
         server_now = timestamp(answer.date)
         our_now = time.time() + self.assertion.clock_offset
+        thumbprint, kid = self._names(signer)
         return refusal_hint(
             getattr(refusal, "error", None),
             assertion=self.assertion,
             scope=self.scope,
-            thumbprint=signer.kid if signer else None,
-            kid=self.assertion.header(signer).get("kid") if signer else None,
+            thumbprint=thumbprint,
+            kid=kid,
             clock_lead=None if server_now is None else server_now - our_now,
         )
+
+    def _names(self, signer: Signer | None) -> tuple[str | None, str | None]:
+        """The key's thumbprint and the ``kid`` that was sent, as far as they can be told now."""
+        try:
+            return (signer.kid, self.assertion.header(signer).get("kid")) if signer else (None, None)
+        except HsmSignerError as exc:  # the card was pulled meanwhile: what the server said matters more
+            _log.info("the refusal is explained without the key's thumbprint: %s", exc)
+            return None, None
