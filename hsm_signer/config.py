@@ -4,7 +4,6 @@ The configuration file chooses code that sees the PIN (the module, a ``command:`
 one: a regular file of ours or root's that nobody else can write, and never one in the working directory.
 """
 
-import json
 import os
 import re
 import tomllib
@@ -13,10 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hsm_signer import files, paths, url
+from hsm_signer import files, paths, toml, url
 from hsm_signer.errors import ConfigError, ModuleError
-
-MAX_FILE_SIZE = 256 * 1024  # bytes
 
 WIPO = "https://www5.wipo.int/am/oauth2"
 WIPO_TEST = "https://logindev.wipo.int:443/am/oauth2"
@@ -293,7 +290,7 @@ def _parsed(name: str, value: object, source: str) -> object:
 def _document(named: object) -> tuple[Path, Mapping[str, object]]:
     path = Path(str(named)).absolute() if named else paths.config_file()
     try:
-        text = files.read_bytes(path.resolve(), max_size=MAX_FILE_SIZE, forbidden=files.UNTOUCHED)
+        text = files.read_bytes(path.resolve(), max_size=toml.MAX_SIZE, forbidden=files.UNTOUCHED)
     except FileNotFoundError:
         if named:
             raise ConfigError(
@@ -421,13 +418,3 @@ def proxy_for(settings: Settings, endpoint: str, environ: Mapping[str, str] = os
     exceptions = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
     bypassed: bool = proxy_bypass_environment(target.host, {"no": exceptions})
     return None if bypassed else proxy
-
-
-def toml_text(value: str) -> str:
-    """A TOML basic string; JSON's escapes are a part of TOML's."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def toml_key(name: str) -> str:
-    """A TOML key, quoted where it must be."""
-    return name if name.isascii() and name.replace("-", "").replace("_", "").isalnum() else toml_text(name)

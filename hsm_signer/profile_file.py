@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hsm_signer import files
+from hsm_signer import files, toml
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
 from hsm_signer.locks import HeldLock, try_lock
 
-MAX_BYTES = 1 << 20
 LOCK_SECONDS = 30.0
 _POLL = 0.05  # seconds
 _STATEMENT = re.compile(
@@ -43,6 +42,8 @@ def change(path: Path, profile: str, changes: Mapping[str, str | None]) -> None:
         return
     if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):  # root may, and should not
         raise not_changed(f"{path} is read-only", profile, changes)
+    if len(after.encode()) > toml.MAX_SIZE:  # nobody would read it any more
+        raise not_changed(f"{path} would have more than {toml.MAX_SIZE} bytes", profile, changes)
     try:
         files.replace(path, after.encode())
     except OSError as exc:
@@ -86,6 +87,9 @@ def _locked(state_directory: Path) -> HeldLock:
 
 def changed(text: str, profile: str, changes: Mapping[str, str | None]) -> str:
     """Give the text with the changes made; errors as in :func:`change`."""
+    for value in changes.values():
+        if value is not None and not value.isprintable():
+            raise ConfigError(f"a setting must be printable text, found {value!r}")
     wanted = _parsed(text)
     settings = wanted.get("profiles", {}).get(profile)
     if not isinstance(settings, dict):
@@ -103,9 +107,9 @@ def changed(text: str, profile: str, changes: Mapping[str, str | None]) -> str:
 
 def not_changed(reason: str, profile: str, changes: Mapping[str, str | None]) -> ProfileNotChangedError:
     """Make the error that carries the lines for a person to change."""
-    lines = [f"[profiles.{_key(profile)}]"]
+    lines = [f"[profiles.{toml.key(profile)}]"]
     lines += [
-        f"# {name}: remove this setting" if value is None else f"{name} = {_string(value)}"
+        f"# {name}: remove this setting" if value is None else f"{name} = {toml.text(value)}"
         for name, value in changes.items()
     ]
     return ProfileNotChangedError(
@@ -115,7 +119,7 @@ def not_changed(reason: str, profile: str, changes: Mapping[str, str | None]) ->
 
 def _read(path: Path) -> str:
     try:
-        return files.read_bytes(path, max_size=MAX_BYTES, forbidden=files.UNTOUCHED).decode()
+        return files.read_bytes(path, max_size=toml.MAX_SIZE, forbidden=files.UNTOUCHED).decode()
     except OSError as failed:
         raise ConfigError(f"cannot read {path}: {failed.strerror}") from None
     except UnicodeDecodeError:
@@ -150,7 +154,7 @@ def _edited(lines: list[str], profile: str, changes: Mapping[str, str | None]) -
         elif (value := missing.pop(name)) is not None:
             body.append(_with_value(line, value))
     newline = "\r\n" if lines[start].endswith("\r\n") else "\n"
-    added = [f"{name} = {_string(value)}{newline}" for name, value in missing.items() if value is not None]
+    added = [f"{name} = {toml.text(value)}{newline}" for name, value in missing.items() if value is not None]
     place = 1 + max(n for n, line in enumerate(body) if n == 0 or _name(line))
     if added and not body[place - 1].endswith("\n"):
         body[place - 1] += newline
@@ -172,16 +176,6 @@ def _name(line: str) -> str | None:
 
 def _with_value(line: str, value: str) -> str:
     content = line.rstrip("\r\n")
-    return _STATEMENT.sub(lambda m: f"{m['start']}{_string(value)}{m['end']}", content) + line[len(content) :]
-
-
-def _string(value: str) -> str:
-    """TOML basic string."""
-    if not value.isprintable():
-        raise ConfigError(f"a setting must be printable text, found {value!r}")
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _string(name)
+    return (
+        _STATEMENT.sub(lambda m: f"{m['start']}{toml.text(value)}{m['end']}", content) + line[len(content) :]
+    )

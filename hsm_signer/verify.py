@@ -15,7 +15,6 @@ Which checks are made is the verifier's choice and never the token's: of the hea
 ``kid`` are believed, and ``alg`` and ``kid`` only as far as a key of the issuer bears them out.
 """
 
-import json
 import math
 import re
 import time
@@ -35,6 +34,7 @@ from hsm_signer import files
 from hsm_signer.errors import ConfigError, HsmSignerError, TransportError, VerificationError
 from hsm_signer.jose import b64url
 from hsm_signer.oauth.metadata import discover
+from hsm_signer.oauth.response import json_object
 from hsm_signer.oauth.transport import Transport
 from hsm_signer.text import printable
 from hsm_signer.url import parse as parse_url
@@ -118,7 +118,7 @@ class AccessTokenVerifier:
             valid = False
         if not valid:
             raise VerificationError("the signature is not by the issuer's key", clause="signature")
-        return self._checked(_json_object(payload, "claims"), self._clock())
+        return self._checked(_json_object(payload, "payload"), self._clock())
 
     def _checked(self, claims: dict[str, object], now: float) -> VerifiedToken:
         """Claims of RFC 7519 §4.1; ``now`` in Unix seconds."""
@@ -351,22 +351,10 @@ def _shown(value: object) -> str:
 
 
 def _json_object(text: bytes, what: str) -> dict[str, object]:
-    def members(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = dict(pairs)
-        if len(names) != len(pairs):
-            raise ValueError("a name stands twice")  # RFC 8725 §2.4: two readers, two meanings
-        return names
-
-    def refuse(constant: str) -> object:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=members, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise VerificationError(f"the {what} is no JSON object, or names a member twice", clause="format")
-    return value
+    members, fault = json_object(text)
+    if fault:
+        raise VerificationError(f"the {what} {fault}", clause="format")
+    return members
 
 
 def _decoded(part: str) -> bytes:

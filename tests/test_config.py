@@ -263,13 +263,6 @@ def test_a_module_that_others_can_write_is_refused(tmp_path):
         config.prepared_module(load({"module": str(tmp_path / "none.so")}))
 
 
-@pytest.mark.parametrize("text", ["plain", 'with "quotes" and \\', "line\nbreak", "\x7f", "ü‖"])
-def test_toml_texts_are_read_back_as_they_were(text):
-    import tomllib
-
-    assert tomllib.loads(f"{config.toml_key(text)} = {config.toml_text(text)}") == {text: text}
-
-
 def test_a_missing_setting_says_how_to_give_it():
     with pytest.raises(ConfigError, match="no client-id given") as caught:
         load({}).require("client_id")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hsm_signer import toml
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
 from hsm_signer.profile_file import change, changed, exclusive
 
@@ -181,6 +182,16 @@ def test_a_file_whose_group_cannot_be_kept_is_left_and_the_lines_are_named(
     assert caught.value.lines == ("[profiles.das]", 'key = "das-2028"')
     assert file.read_text() == FILE
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_is_not_made_longer_than_it_may_be(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(FILE + "#" * (toml.MAX_SIZE - len(FILE)))
+    with pytest.raises(ConfigError, match="bytes"):
+        change(file, "das", {"next-key": "das-2028"})
+    file.write_text(FILE + "#" * (toml.MAX_SIZE - len(FILE) + 1))
+    with pytest.raises(ConfigError, match="bytes"):
+        change(file, "das", {"key-thumbprint": None})
 
 
 def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import typer
 
-from hsm_signer import files
+from hsm_signer import files, toml
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import (
     PRESETS,
@@ -15,8 +15,6 @@ from hsm_signer.config import (
     check,
     new_file,
     prepared_module,
-    toml_key,
-    toml_text,
 )
 from hsm_signer.errors import ConfigError
 
@@ -157,12 +155,12 @@ def ask_token(module: str) -> str:
 
 
 def _document(profile: str, answers: dict[str, str | None]) -> str:
-    lines = [HEAD, f"[profiles.{toml_key(profile)}]"]
+    lines = [HEAD, f"[profiles.{toml.key(profile)}]"]
     for name, value in answers.items():
         hyphened = name.replace("_", "-")
         about = SETTINGS[name].metadata["about"]
         lines.append(
-            f"{hyphened} = {toml_text(value)}  # {about}" if value else f"# {hyphened} =   # {about}"
+            f"{hyphened} = {toml.text(value)}  # {about}" if value else f"# {hyphened} =   # {about}"
         )
     lines.append("# key-thumbprint =   # pin the key: hsm-token key export --format thumbprint")
     return "\n".join(lines) + "\n"

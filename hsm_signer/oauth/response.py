@@ -76,7 +76,10 @@ def _reject(fault: str, *, hint: str | None = None) -> NoReturn:
 
 
 def json_object(body: bytes) -> tuple[dict[str, Any], str | None]:
-    """The members of a JSON object and ``None``, or no members and what is wrong."""
+    """The members of a JSON object and ``None``, or no members and what is wrong.
+
+    A name that stands twice has two meanings for two readers (RFC 8725 §2.4), and is refused.
+    """
     try:
         value = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError:
