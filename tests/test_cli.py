@@ -356,6 +356,12 @@ def test_a_closed_pipe_is_quiet(office):
     assert "Traceback" not in done.stderr
 
 
+def test_verbose_tells_that_an_access_token_was_kept(scratch):
+    scratch.run("fetch")
+    (line,) = scratch.run("fetch", "-v").lines
+    assert "an access token is kept in" in line
+
+
 def test_verbose_shows_steps_and_no_secret(scratch):
     done = scratch.run("fetch", "-vv")
     token = done.stdout.strip()

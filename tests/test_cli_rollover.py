@@ -1,5 +1,6 @@
 """``hsm-token rollover`` as processes: the whole life of two keys at a server that knows one certificate."""
 
+import re
 import subprocess
 import threading
 import tomllib
@@ -97,6 +98,10 @@ def test_status_shows_both_keys_their_certificates_and_the_days_left(rollover: R
     assert upcoming["thumbprint"] == second
     for state in (in_use, upcoming):
         assert (state["on_token"], state["certificate_fits"], state["days_left"]) == (True, True, 729)
+    shown = at_a_terminal(rollover.office, ["rollover", "status"], {})
+    for state in (in_use, upcoming):
+        label = state["key"].removeprefix("pkcs11:object=").partition(";")[0]
+        assert re.search(rf"{state['role']} +{label} .* {state['not_after'][:10]} ", shown), shown
     (rollover.office.home / "next" / "es256_cert.pem").write_bytes(rollover.registered.read_bytes())
     plain = rollover.run("rollover", "status").stdout.splitlines()
     assert [line.split("\t")[4] for line in plain] == ["yes", "NO"]

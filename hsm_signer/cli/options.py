@@ -55,10 +55,13 @@ def configured(*names: str, how: Callable[[Options], object] = config.load) -> C
             for each in inspect.signature(command, eval_str=True).parameters.values()
             if each.name != "settings"
         ]
-        shared = [_parameter(name, SETTINGS[name].metadata["about"]) for name in names]
+        from_variables = how is not dict
+        shared = [
+            _parameter(name, SETTINGS[name].metadata["about"], from_variable=from_variables) for name in names
+        ]
         shared += [
-            _parameter("profile", "profile in the configuration file"),
-            _parameter("config", "configuration file"),
+            _parameter("profile", "profile in the configuration file", from_variable=from_variables),
+            _parameter("config", "configuration file", from_variable=True),
         ]
 
         @functools.wraps(command)
@@ -95,9 +98,10 @@ def login(retry_pin: bool = False) -> "Login":
     return Login(terminal.ask_secret if terminal.somebody_there() else None, retry_pin)
 
 
-def _parameter(name: str, about: str) -> inspect.Parameter:
+def _parameter(name: str, about: str, *, from_variable: bool) -> inspect.Parameter:
     hyphened = name.replace("_", "-")
-    help_text = f"{about[0].upper()}{about[1:]} [{config.variable(name)}]."
+    variable = f" [{config.variable(name)}]" if from_variable else ""
+    help_text = f"{about[0].upper()}{about[1:]}{variable}."
     option = typer.Option(
         f"--{hyphened}", help=help_text, show_default=False, metavar=hyphened.rsplit("-", 1)[-1].upper()
     )

@@ -90,8 +90,17 @@ def status(settings: Settings, as_json: options.Json = False, retry_pin: options
         return
     terminal.table(
         ("role", "key", "thumbprint", "on the token", "certificate fits", "until", "days left"),
-        [tuple(_cell(value) for value in row.values()) for row in rows],
+        [tuple(_cell(value) for value in _short(row).values()) for row in rows],
     )
+
+
+def _short(row: dict[str, object]) -> dict[str, object]:
+    """What people call it: the label of the key, the day on which its certificate ends."""
+    until = row["not_after"]
+    return row | {
+        "key": key_uri(str(row["key"])).object or row["key"],
+        "not_after": until and str(until)[:10],
+    }
 
 
 def _label(key: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from hsm_signer.text import printable
 
 SPINNER_AFTER = 0.5  # seconds
+KEPT_WHOLE = 12  # characters of a cell
 
 quiet = False  # set once by --quiet
 
@@ -61,8 +62,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.text import Text
 
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        drawn.add_column(column, overflow="fold")  # a thumbprint cut short is of no use
+    for number, column in enumerate(columns):
+        # a thumbprint cut short is of no use; what is short, such as a date, stays in one piece
+        whole = all(len(row[number]) <= KEPT_WHOLE for row in clean)
+        drawn.add_column(column.replace(" ", "\n") if whole else column, overflow="fold", no_wrap=whole)
     for row in clean:
         drawn.add_row(*map(Text, row))  # Text, not str: a label must not be read as markup
     Console().print(drawn)

@@ -56,7 +56,11 @@ class TokenCache:
 
         One whose lifetime the server did not tell is good for the minute that it is kept.
         """
-        return _judged(self._file.load(), now, min_validity)
+        record = self._file.load()
+        found = _judged(record, now, min_validity)
+        if found and record:
+            _log.info("an access token is kept in %s, for %d s more", self._file.directory, record.left(now))
+        return found
 
     def store(self, response: TokenResponse, now: int) -> None:
         """Keep an access token that came at ``now`` (Unix seconds), in the place of the one before."""
