@@ -491,9 +491,15 @@ def test_the_list_skips_a_damaged_entry_with_a_warning(
     assert "damaged" in warnings()
 
 
-def test_clearing_removes_our_files_and_nothing_else(kept: TokenCache, directory: Path) -> None:
+def test_clearing_does_not_let_a_second_process_fetch(kept: TokenCache, directory: Path) -> None:
     with kept.lock(time.monotonic()):
-        pass
+        assert cache.clear(directory) == 1
+        other = TokenCache(directory, IDENTITY)
+        with pytest.raises(TransportError, match="another process"), other.lock(time.monotonic() + 0.2):
+            pytest.fail("this lock has one holder")
+
+
+def test_clearing_removes_our_files_and_nothing_else(kept: TokenCache, directory: Path) -> None:
     name = entry_file(directory).name
     (directory / f".{name}.0123456789abcdef").write_bytes(b"left by a killed writer")
     (directory / "notes.txt").write_bytes(b"")

@@ -26,7 +26,7 @@ _POLL = 0.02  # seconds
 _SUFFIX = ".token"
 _FIELDS = ("access_token", "raw", "token_type", "expires_at", "scope")
 _SHOWN = ("endpoint", "client_id", "scope")
-_OURS = r"\.?[0-9a-f]{64}\.(token|metadata|lock)(\.[0-9a-f]+)?"  # also what a killed writer left
+_OURS = r"\.?[0-9a-f]{64}\.(token|metadata)(\.[0-9a-f]+)?"  # also what a killed writer left
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ def entries(directory: Path) -> list[CacheEntry]:
 def clear(directory: Path) -> int:
     """Remove what the cache keeps, and nothing else; the number of access tokens that went.
 
+    The empty lock files stay: a lock on a removed file locks out nobody, and a fetch may be under way.
     Raises ``UnsafeFileError`` for a directory that is not ours alone.
     """
     gone = 0
