@@ -141,9 +141,8 @@ def _checked(content: str | bytes, name: str) -> str:
     return pin
 
 
-_taken: dict[
-    str, str
-] = {}  # PINs that were removed from the environment, for the next reader in this process
+# PINs that were removed from the environment, for the next reader in this process
+_taken: dict[str, str] = {}
 
 
 def _from_variable(name: str) -> str:

@@ -18,9 +18,8 @@ from hsm_signer.url import parse_origin
 
 _log = logging.getLogger(__name__)
 
-_AHEAD = (
-    60  # seconds before its end that an access token is replaced; a quarter of its life where that is less
-)
+# Seconds before its end that an access token is replaced; a quarter of its life where that is less
+_AHEAD = 60
 _PAUSE = 10  # seconds until it is tried again
 _MARGIN = 5  # seconds that an access token must live to be worth sending
 _NAME = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 §5.6.2
