@@ -11,11 +11,13 @@ RFC 7519 §7.2, RFC 7515 §5.2, RFC 8725 (best practices), RFC 9068 §4::
     token = verifier.verify(access_token)
     token.subject, token.scopes, token.expires_at
 
-Which checks are made is the verifier's choice and never the token's: of the header only ``alg``, ``typ`` and
-``kid`` are believed, and ``alg`` and ``kid`` only as far as a key of the issuer bears them out.
+Which checks are made is the verifier's choice and never the token's: of the header only ``alg`` and ``kid``
+are believed, as far as a key of the issuer bears them out. ``typ`` refuses what says that it is something else.
+WIPO's access tokens say ``JWT``, so it cannot tell an ID token of the same issuer and audience from them.
 """
 
 import math
+import os
 import re
 import time
 from base64 import urlsafe_b64decode
@@ -111,6 +113,7 @@ class AccessTokenVerifier:
         """Check signature and claims; :class:`VerificationError` names the first clause that fails."""
         header, payload, signing_input, signature = _parts(access_token)
         alg = _algorithm(header, self.algorithms)
+        _refuse_other_types(header)
         key = self._keys.one(alg, _kid(header))
         try:
             valid = JWSRegistry.algorithms[alg].verify(signing_input, signature, key)
@@ -207,7 +210,7 @@ class _Keys:
 
     def __init__(self, fetch: Callable[[], object], clock: Callable[[], float]) -> None:
         self._fetch, self._clock = fetch, clock
-        self._lock = Lock()
+        self._turn = (os.getpid(), Lock())
         self._fetched: tuple[float, tuple[_IssuerKey, ...]] = (-math.inf, ())
         self._refetched_at = -math.inf
         self._failed: tuple[float, HsmSignerError | None] = (-math.inf, None)
@@ -228,10 +231,17 @@ class _Keys:
 
     def _matching(self, kid: str | None) -> list[_IssuerKey]:
         if self._lacking(kid):
-            with self._lock:
+            with self._our_turn():
                 if self._lacking(kid):  # not fetched by another thread while we waited
                     self._renew()
         return [each for each in self._fetched[1] if kid is None or each.kid == kid]
+
+    def _our_turn(self) -> Lock:
+        owner, lock = self._turn
+        if owner != os.getpid():  # forked while another thread fetched: it is not here to let go
+            lock = Lock()
+            self._turn = (os.getpid(), lock)
+        return lock
 
     def _lacking(self, kid: str | None) -> bool:
         fetched_at, keys = self._fetched
@@ -313,6 +323,13 @@ def _algorithm(header: Mapping[str, object], allowed: Collection[str]) -> str:
             f"alg must be among {', '.join(sorted(allowed))}; found {_shown(alg)}", clause="alg"
         )
     return alg
+
+
+def _refuse_other_types(header: Mapping[str, object]) -> None:
+    """``typ`` of RFC 9068 §4, or the ``JWT`` of those who came before it, or none (RFC 7515 §4.1.9)."""
+    typ = header.get("typ", "JWT")
+    if not isinstance(typ, str) or typ.lower().removeprefix("application/") not in ("jwt", "at+jwt"):
+        raise VerificationError(f"typ must be at+jwt or JWT, found {_shown(typ)}", clause="typ")
 
 
 def _kid(header: Mapping[str, object]) -> str | None:

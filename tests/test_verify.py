@@ -2,6 +2,8 @@
 
 import hmac
 import json
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -697,3 +699,54 @@ def test_no_key_raises_anything_but_a_verification_error(members):
         by.verify(token())
     except VerificationError as exc:
         assert str(exc)
+
+
+@pytest.mark.parametrize(
+    "typ", [None, "JWT", "jwt", "at+jwt", "AT+JWT", "application/at+jwt", "Application/At+Jwt"]
+)
+def test_a_typ_of_access_tokens_passes(typ):
+    assert verifier().verify(token(header={"typ": typ}))
+
+
+@pytest.mark.parametrize(
+    "typ", ["logout+jwt", "dpop+jwt", "secevent+jwt", "JWS", "", "x/at+jwt", "at+jwt ", 5, ["JWT"]]
+)
+def test_what_says_that_it_is_no_access_token_is_refused(typ):
+    """RFC 8725 §3.11, RFC 9068 §4."""
+    assert "typ" in refused(token(header={"typ": typ}), "typ")
+
+
+FORKED = """
+import os, signal, sys, threading
+from hsm_signer.errors import HsmSignerError
+from hsm_signer.verify import AccessTokenVerifier
+
+parent, fetching = os.getpid(), threading.Event()
+
+def keys():
+    if os.getpid() == parent:
+        fetching.set()
+        threading.Event().wait()  # the issuer does not answer
+    return {"keys": []}
+
+verifier = AccessTokenVerifier(keys, issuer="i", audience="a")
+
+def verify():
+    try:
+        verifier.verify(sys.argv[1])
+    except HsmSignerError:
+        return True
+
+threading.Thread(target=verify, daemon=True).start()
+fetching.wait()
+if (child := os.fork()) == 0:
+    signal.alarm(20)
+    os._exit(0 if verify() else 1)
+os._exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_child_of_a_process_that_is_fetching_keys_verifies():
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, token()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
