@@ -129,7 +129,7 @@ class Proof:
 
 
 def prove(login: Login, key: FoundKey, generated_now: set[bytes]) -> Proof:
-    """Prove whose public half it is, then try to get the private one out (see :data:`PROBES`).
+    """Prove whose public half it is, then try to get the private one out.
 
     Attributes are tried to be changed only if the key was generated in this run: whoever is stopped in between
     would leave a weaker key behind. Whatever does come out is dropped unseen.
