@@ -5,12 +5,14 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from canary import assert_no_trace
 from conftest import SoftToken
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -21,6 +23,7 @@ from hsm_signer import PIN_PAD, open_token
 from hsm_signer.errors import (
     ConfigError,
     KeyNotFoundError,
+    PinError,
     PinLockedError,
     PinRefusedError,
     PinRejectedError,
@@ -60,7 +63,7 @@ def behind(soft: SoftToken, faulty: FaultyModule) -> SoftToken:
 
 
 def opened(token: SoftToken, **arguments: object):
-    return open_token(token.uri, module=token.module, **({"pin": token.pin} | arguments))
+    return open_token(token.uri, **({"module": token.module, "pin": token.pin} | arguments))
 
 
 # ---- choosing ----
@@ -200,6 +203,53 @@ def test_a_wrong_pin_is_rejected_once_and_never_sent_again(behind: SoftToken, fa
     assert faulty.calls("C_Login") == 1
     with opened(behind) as token:  # the right one is another
         assert token.keys()
+
+
+@pytest.mark.parametrize("source", [str, lambda pin: lambda: pin, lambda _: from_source("env:WRONG_PIN")])
+def test_no_frame_of_ours_holds_a_rejected_pin(
+    soft: SoftToken, source: Callable[[str], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Error reporters show the variables of every frame that an exception passed."""
+    wrong = f"wrong-{secrets.token_hex(4)}"
+    monkeypatch.setenv("WRONG_PIN", wrong)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for expected in (PinRejectedError, PinRefusedError):
+        with pytest.raises(expected) as caught, opened(soft, pin=source(wrong)):
+            pass
+        assert_no_trace(caught.value, [wrong])
+
+
+@pytest.mark.parametrize("pin", ["12\ud80034", lambda: "12\ud80034", b"1234", lambda: b"1234"])
+def test_what_is_no_utf8_text_is_no_pin_and_in_no_traceback(
+    behind: SoftToken, faulty: FaultyModule, pin: object
+) -> None:
+    with pytest.raises((PinRefusedError, ConfigError)) as caught, opened(behind, pin=pin):
+        pass
+    assert_no_trace(caught.value, ["12\ud80034", "\\ud800", "1234"])
+    assert faulty.calls("C_Login") == 0
+
+
+def test_threads_through_two_modules_send_a_wrong_pin_once(
+    soft: SoftToken, faulty: FaultyModule, faulty_shared_object: Path, tmp_path: Path
+) -> None:
+    second = FaultyModule(faulty_shared_object, Path(soft.module), tmp_path)
+    wrong = f"wrong-{secrets.token_hex(4)}"
+
+    def answer(module: FaultyModule) -> type[Exception] | None:
+        try:
+            with opened(soft, module=module.path, pin=wrong):
+                return None
+        except PinError as exc:
+            return type(exc)
+
+    faulty.set("delay C_Login 1000")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(answer, faulty)
+        while faulty.calls("C_Login") == 0:
+            time.sleep(0.01)
+        assert pool.submit(answer, second).result() is PinRefusedError
+        assert first.result() is PinRejectedError
+    assert second.calls("C_Login") == 0
 
 
 @pytest.mark.parametrize("source", ["", lambda: ""])

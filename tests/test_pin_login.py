@@ -278,3 +278,31 @@ def test_no_pin_is_in_what_is_left_on_the_disk(office: Office) -> None:
     assert len(left) == 2  # marker and lock
     for path in left:
         assert b"wrong-pin" not in path.read_bytes() + os.fsencode(path)
+
+
+SHARED = """
+import os, sys
+import pkcs11
+from hsm_signer import open_token
+from hsm_signer.errors import HsmSignerError
+
+uri, label, module = sys.argv[1:]
+theirs = pkcs11.lib(os.path.realpath(module)).get_token(token_label=label).open(user_pin=os.environ["TEST_PIN"])
+with open_token(uri, module=module, pin="wrong-pin") as token:
+    token.signer("each")  # keeps the PIN for its signatures
+    signer = token.signer("ours")
+    theirs.close()  # and logs everybody out
+    try:
+        signer.sign(b"data")
+    except HsmSignerError as exc:
+        print(type(exc).__name__)
+"""
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_pin_that_no_login_has_proved_is_not_sent_to_bring_a_login_back(office: Office) -> None:
+    token, module = office.token, office.module
+    command = [sys.executable, "-c", SHARED, token.uri, token.label, module.path]
+    done = subprocess.run(command, env=os.environ | {"TEST_PIN": token.pin}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "KeyNotFoundError\n"), done.stderr
+    assert office.logins() == 1  # theirs

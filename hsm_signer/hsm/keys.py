@@ -110,6 +110,7 @@ class SigningKey(_pkcs11.PrivateKey, _pkcs11.SignMixin, _pkcs11.Object):  # type
 
     key_type = KeyType.EC
     sign = _pkcs11.SignMixin._sign  # type: ignore[attr-defined]
+    __repr__ = object.__repr__  # the library's asks the token
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def _sign(login: Login, key: FoundKey, mechanism: Mechanism, data: bytes) -> byt
     if not key.always_authenticate:
         return bytes(sign())
     with login.context_login() as pin:
-        return bytes(sign(pin=pin))
+        return bytes(sign(pin=pin.text))
 
 
 def proved_point(login: Login, key: FoundKey, points: Iterable[bytes]) -> bytes | None:

@@ -30,7 +30,7 @@ from hsm_signer.errors import (
 from hsm_signer.hsm import pins
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.module import FoundToken, Module, TokenInfo, token_info, tokens
-from hsm_signer.hsm.pins import Pin
+from hsm_signer.hsm.pins import Secret, Source
 from hsm_signer.pin import PinPad
 from hsm_signer.pin_guard import Attempt
 
@@ -71,8 +71,10 @@ class Login:
         self.epoch = 0
         self.hashes = False  # the token signs with CKM_ECDSA_SHA256 only
         self.lanes: list[Lane] = []
-        self._source: Pin | None = None
-        self._pin: str | PinPad | None = None  # worked in this process
+        self._source: Source | None = None
+        self._pin: Secret | PinPad | None = None  # worked in this process
+        # for signatures that carry it, where others had logged in: nothing tells yet whether it is right
+        self._adopted: tuple[Source | None, Secret | PinPad | None] = None, None
         self._anchor: Any = None  # the session that python-pkcs11 logs out when it closes it
         self._spare: list[Any] = []
         self._writable = False  # the token has read-write sessions only
@@ -90,7 +92,7 @@ class Login:
         """Whether a login was lost."""
         return self._source is not None and self._anchor is None and not self._foreign
 
-    def enter(self, pin: Pin | None, info: TokenInfo, *, allow_final_try: bool) -> None:
+    def enter(self, pin: Source | None, info: TokenInfo, *, allow_final_try: bool) -> None:
         """Log in unless somebody has; ``info``: the token's flags as just read."""
         if self.authenticated or pin is None or "LOGIN_REQUIRED" not in info.flags:
             return
@@ -111,26 +113,30 @@ class Login:
             if self.users == 0:
                 self._log_out()
                 self._source = self._pin = None
+                self._adopted = None, None
                 self.module.logins.pop(self.key, None)
 
-    def adopt(self, pin: Pin) -> None:
+    def adopt(self, pin: Source) -> None:
         """Fetch the PIN where somebody else had logged in, and a key wants it for each signature."""
-        if self._pin is None:
-            self._source, self._pin = pin, pins.fetch(pin, self.info)
+        if self._pin is None and self._adopted[1] is None:
+            text = pins.fetch(pin, self.info)  # no lock is held while a person is asked
+            with self.module.lock:
+                self._adopted = pin, text
 
     @contextmanager
-    def context_login(self) -> Iterator[str]:
+    def context_login(self) -> Iterator[Secret]:
         """Guard one signature that carries the PIN (``CKU_CONTEXT_SPECIFIC``)."""
-        if not isinstance(self._pin, str):
+        source, pin = self._adopted if self._pin is None else (self._source, self._pin)
+        if not isinstance(pin, Secret):
             raise PinRefusedError("the key wants its PIN for each signature, and no PIN is known")
-        with self._guarded(self._source, self._pin, allow_final_try=False) as (_, attempt):
+        with self._guarded(source, pin, allow_final_try=False) as (_, attempt):
             attempt.begin()
             try:
-                yield self._pin
+                yield pin
             except PKCS11Error as exc:
                 attempt.failed(code_of(exc))  # C_SignInit comes before the login
                 if code_of(exc) in pins.OF_THE_PIN:
-                    raise self._refused(exc, self._pin) from exc
+                    raise self._refused(exc, pin) from exc
                 raise
             attempt.succeeded()
 
@@ -192,7 +198,7 @@ class Login:
         for lane in self.lanes:
             lane.forget()
 
-    def _log_in(self, pin: Pin, text: str | PinPad, *, allow_final_try: bool) -> None:
+    def _log_in(self, pin: Source, text: Secret | PinPad, *, allow_final_try: bool) -> None:
         try:
             with self._guarded(pin, text, allow_final_try=allow_final_try) as (token, attempt):
                 # proves that sessions can be opened, before a failure would count as a wrong PIN
@@ -214,11 +220,11 @@ class Login:
 
     @contextmanager
     def _guarded(
-        self, pin: Pin | None, text: str | PinPad, *, allow_final_try: bool
+        self, pin: Source | None, text: Secret | PinPad, *, allow_final_try: bool
     ) -> Iterator[tuple[Any, Attempt]]:
         """What must hold around every PIN that goes to the token."""
-        pins.judge_text(text, self.info)
         with pins.attempt(pin, self.info) as attempt:
+            pins.judge_text(text, self.info)
             try:
                 token = self.token.slot.get_token()
             except FOREIGN as exc:
@@ -248,22 +254,28 @@ class Login:
         except FOREIGN as exc:
             raise failure(exc, f"no session on token {self.info.label!r}") from exc
 
-    def _open_with_pin(self, token: Any, text: str | PinPad) -> Any:  # noqa: ANN401
-        user_pin = text if isinstance(text, str) else PROTECTED_AUTH
+    def _open_with_pin(self, token: Any, text: Secret | PinPad) -> Any:  # noqa: ANN401
         try:
             try:
-                return token.open(rw=self._writable, user_pin=user_pin, attribute_mapper=_MAPPER)
+                return self._open_logged_in(token, text)
             except SessionCount:  # of C_OpenSession: no PIN was sent, and what gave one session is shared
                 self._close_spares()
-                session = token.open(rw=self._writable, user_pin=user_pin, attribute_mapper=_MAPPER)
+                session = self._open_logged_in(token, text)
                 self._spare.append(session)
                 return session
         except FOREIGN as exc:
             raise self._refused(exc, text) from exc
 
-    def _refused(self, exc: BaseException, text: str | PinPad) -> Exception:
+    def _open_logged_in(self, token: Any, text: Secret | PinPad) -> Any:  # noqa: ANN401
+        return token.open(
+            rw=self._writable,
+            user_pin=text.text if isinstance(text, Secret) else PROTECTED_AUTH,
+            attribute_mapper=_MAPPER,
+        )
+
+    def _refused(self, exc: BaseException, text: Secret | PinPad) -> Exception:
         if code_of(exc) in pins.OF_THE_PIN:
-            self._pin = None
+            self._pin, self._adopted = None, (None, None)
             with suppress(*FOREIGN):  # for its flags; what counts is the answer
                 return pins.refusal(exc, text, token_info(self.token.slot.get_token()))
         return pins.refusal(exc, text, self.info)

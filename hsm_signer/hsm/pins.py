@@ -5,6 +5,7 @@ import hmac
 import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 from hsm_signer.errors import ConfigError, PinError, PinLockedError, PinRefusedError, PinRejectedError
 from hsm_signer.hsm.codes import code_of, failure
@@ -14,6 +15,24 @@ from hsm_signer.pin_guard import Attempt, in_turn
 
 Pin = str | Callable[[], str] | PinSource | PinPad
 
+
+@dataclass(frozen=True)
+class Secret:
+    """A PIN that no traceback with local variables shows: frames hold this, and the text only passes by."""
+
+    text: str = field(repr=False)
+
+    @property
+    def is_utf8(self) -> bool:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:  # it carries the PIN, so it ends here
+            return False
+        return True
+
+
+Source = Secret | Callable[[], str] | PinSource | PinPad
+
 _REJECTED = frozenset({"CKR_PIN_INCORRECT", "CKR_PIN_INVALID", "CKR_PIN_LEN_RANGE"})
 _CANCELLED = frozenset({"CKR_CANCEL", "CKR_FUNCTION_CANCELED", "CKR_FUNCTION_REJECTED"})
 OF_THE_PIN = _REJECTED | {"CKR_PIN_LOCKED"}
@@ -22,7 +41,12 @@ _HASH_KEY = secrets.token_bytes(32)
 _rejected: set[bytes] = set()  # keyed hashes of PINs that a token rejected in this process
 
 
-def fetch(pin: Pin, info: TokenInfo) -> str | PinPad:
+def sealed(pin: Pin | None) -> Source | None:
+    """What to pass on of a ``pin`` argument."""
+    return pin if pin is None or isinstance(pin, PinPad) or callable(pin) else Secret(pin)
+
+
+def fetch(pin: Source, info: TokenInfo) -> Secret | PinPad:
     """Get the PIN from where it comes from; call with no lock held, a person may be asked."""
     if isinstance(pin, PinPad):
         if "PROTECTED_AUTHENTICATION_PATH" not in info.flags:
@@ -33,15 +57,17 @@ def fetch(pin: Pin, info: TokenInfo) -> str | PinPad:
         return PIN_PAD
     if isinstance(pin, PinSource):
         pin.check(info.identity)
-    text = pin if isinstance(pin, str) else pin()
-    if not isinstance(text, str):
-        raise ConfigError(f"a PIN is text, but its source gave {type(text).__name__}")
-    if not text:
+    secret = pin if isinstance(pin, Secret) else Secret(pin())
+    if not isinstance(secret.text, str):
+        raise ConfigError(f"a PIN is text, but its source gave {type(secret.text).__name__}")
+    if not secret.text:
         raise PinRefusedError("the PIN is empty; some tokens count that as a wrong one")
-    return text
+    if not secret.is_utf8:
+        raise PinRefusedError("the PIN cannot be written in UTF-8, so it is none (PKCS#11 v3.1 §5.6.8)")
+    return secret
 
 
-def attempt(pin: Pin | None, info: TokenInfo) -> AbstractContextManager[Attempt]:
+def attempt(pin: Source | None, info: TokenInfo) -> AbstractContextManager[Attempt]:
     """The guard of one login, by where its PIN comes from."""
     if isinstance(pin, PinSource):
         return pin.attempt(info.identity)
@@ -59,20 +85,20 @@ def judge_flags(info: TokenInfo, *, allow_final_try: bool) -> None:
         )
 
 
-def judge_text(text: str | PinPad, info: TokenInfo) -> None:
-    """Raise where the token rejected this PIN before, in this process."""
-    if isinstance(text, str) and _hash(text, info) in _rejected:
+def judge_text(text: Secret | PinPad, info: TokenInfo) -> None:
+    """Raise where the token rejected this PIN before, in this process; call it in the turn of the login."""
+    if isinstance(text, Secret) and _hash(text, info) in _rejected:
         raise PinRefusedError(
             f"token {info.label!r} rejected this PIN before; it is not sent a second time",
             hint="a wrong PIN that is repeated locks the token",
         )
 
 
-def refusal(exc: BaseException, text: str | PinPad, info: TokenInfo) -> Exception:
+def refusal(exc: BaseException, text: Secret | PinPad, info: TokenInfo) -> Exception:
     """What a login that failed means; ``info``: of the token after it."""
     code, label = code_of(exc), repr(info.label)
     if code in _REJECTED:
-        if isinstance(text, str):
+        if isinstance(text, Secret):
             _rejected.add(_hash(text, info))
         return PinRejectedError(f"token {label} rejected the PIN: {code}", code=code, hint=_tries_left(info))
     if code == "CKR_PIN_LOCKED":
@@ -101,5 +127,5 @@ def _locked(info: TokenInfo, code: str) -> PinLockedError:
     )
 
 
-def _hash(pin: str, info: TokenInfo) -> bytes:
-    return hmac.digest(_HASH_KEY, f"{info.identity}\0{pin}".encode(), hashlib.sha256)
+def _hash(pin: Secret, info: TokenInfo) -> bytes:
+    return hmac.digest(_HASH_KEY, f"{info.identity}\0{pin.text}".encode(), hashlib.sha256)

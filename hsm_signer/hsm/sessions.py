@@ -20,6 +20,7 @@ from hsm_signer.errors import (
     HsmSignerError,
     KeyNotFoundError,
     ModuleError,
+    PinError,
     TokenError,
     TokenNotFoundError,
 )
@@ -141,7 +142,9 @@ class Sessions:
                         continue
                     recovery = recovery or _Recovery(self, lane, what)
                     recovery.judge(exc)
-        except HsmSignerError:
+        except HsmSignerError as exc:
+            if isinstance(exc, PinError):  # of a login between C_SignInit and C_Sign
+                lane.discard()
             raise
         except BaseException:  # Ctrl-C: nobody knows what the session was doing
             lane.discard()

@@ -27,7 +27,7 @@ from hsm_signer.hsm.keys import (
 )
 from hsm_signer.hsm.login import Login
 from hsm_signer.hsm.module import TokenInfo
-from hsm_signer.hsm.pins import Pin
+from hsm_signer.hsm.pins import Pin, Source, sealed
 from hsm_signer.hsm.proof import Proof
 from hsm_signer.hsm.search import find_token
 from hsm_signer.hsm.sessions import Lane, Sessions
@@ -59,7 +59,9 @@ def open_token(
 
     Raises :class:`TokenError` and its kinds, :class:`PinError` and its kinds, :class:`ConfigError`.
     """
-    token = Token._open(uri, module, pin, sessions, verify=verify, allow_final_try=allow_final_try)
+    source = sealed(pin)
+    del pin
+    token = Token._open(uri, module, source, sessions, verify=verify, allow_final_try=allow_final_try)
     try:
         yield token
     finally:
@@ -72,7 +74,7 @@ class Token:
     ``key`` arguments are RFC 7512 URIs or the key's label alone, and mean exactly one private EC key.
     """
 
-    def __init__(self, login: Login, sessions: Sessions, pin: Pin | None, *, verify: bool) -> None:
+    def __init__(self, login: Login, sessions: Sessions, pin: Source | None, *, verify: bool) -> None:
         self._login = login
         self._sessions = sessions
         self._pin = pin
@@ -81,7 +83,7 @@ class Token:
 
     @classmethod
     def _open(
-        cls, uri: str, path: str, pin: Pin | None, sessions: int, *, verify: bool, allow_final_try: bool
+        cls, uri: str, path: str, pin: Source | None, sessions: int, *, verify: bool, allow_final_try: bool
     ) -> "Token":
         loaded = module.load(path)
         loaded.check_process()

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
+from canary import assert_no_trace
 
 from faults import FaultyModule, codes
 from faults.behind import ALWAYS, DATA, KEY, Behind, verify
-from hsm_signer.errors import HsmSignerError, PinError
+from hsm_signer.errors import HsmSignerError, PinError, PinRejectedError
 
 CODES = [
     "CKR_DEVICE_ERROR",
@@ -119,3 +120,17 @@ def test_a_failure_at_any_step_of_a_signature_is_told_or_overcome(
                 found = f"{behind.faulty.sessions()} sessions, {sessions} before"
             wrong += [f"{function} {nth}: {found}"] if found else []
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_rejected_pin_of_one_signature_leaves_no_session_half_way(modules: Iterator[Behind]) -> None:
+    """The token has begun to sign (C_SignInit) when it is sent the PIN."""
+    behind = next(modules)
+    with behind.open() as token:
+        signer, other = token.signer(ALWAYS), token.signer(KEY)
+        behind.faulty.set("fail C_Login 1 CKR_PIN_INCORRECT")
+        with pytest.raises(PinRejectedError) as caught:
+            signer.sign(DATA)
+        assert_no_trace(caught.value, [behind.token.pin])
+        behind.faulty.set()
+        verify(other, other.sign(DATA))
+        assert "CKR_OPERATION_ACTIVE" not in {call.result for call in behind.faulty.log()}
