@@ -738,6 +738,7 @@ def test_an_assertion_that_is_not_for_this_server_or_client_is_not_sent(
         with_claims(exp=...): "no exp",
         with_claims(exp=str(int(time.time()) + 60)): "no exp",
         with_claims(exp=True): "no exp",
+        with_claims(exp=10**400): "no exp",
         "": "no compact JWS",
         "a.b.c": "no compact JWS",
         "W10.W10.W10": "no compact JWS",

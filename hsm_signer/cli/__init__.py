@@ -11,6 +11,9 @@ def main() -> NoReturn:
     """Run the command line; ends the process with a status of the table in docs/operating.md."""
     gc.disable()  # a run is short and what it loads stays: to look for garbage takes a sixth of its time
     try:
+        from hsm_signer.cli import streams
+
+        streams.prepare()
         from hsm_signer.cli.program import run
 
         run()

@@ -10,7 +10,7 @@ from hsm_signer.cli.fetch import Format, OutputFormat, show
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError
 
-MAX_ASSERTION = 16 * 1024  # characters
+MAX_ASSERTION = 16 * 1024  # bytes
 
 app = typer.Typer()
 
@@ -25,7 +25,8 @@ def assertion(settings: Settings, retry_pin: options.RetryPin = False) -> None:
     settings.require("token_endpoint")
     claims = assembly.client_assertion(settings, str(settings.token_endpoint))
     with assembly.open_signer(settings, options.login(retry_pin)) as signer, terminal.working("signing"):
-        terminal.result(claims.issue(signer))
+        signed = claims.issue(signer)
+    terminal.result(signed)
 
 
 @app.command()
@@ -36,7 +37,7 @@ def exchange(settings: Settings, output: OutputFormat = Format.token) -> None:
     Example: hsm-token exchange --profile das < assertion.txt
     """
     client = assembly.token_client(settings, None, cached=False)
-    text = sys.stdin.read(MAX_ASSERTION + 1).strip()
+    text = sys.stdin.buffer.read(MAX_ASSERTION + 1).decode(errors="replace").strip()
     if not text or len(text) > MAX_ASSERTION:
         raise ConfigError(
             "stdin holds no client assertion", hint="pipe the output of hsm-token assertion into it"

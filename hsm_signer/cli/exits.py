@@ -1,6 +1,5 @@
 """How a run ends: one error line, where it helps one hint line, and the status that scripts rely on."""
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ import typer
 
 from hsm_signer import errors
 from hsm_signer.cli.interrupt import interruptible
+from hsm_signer.cli.streams import StdoutError
+from hsm_signer.cli.terminal import tell
 from hsm_signer.text import printable
 
 UNEXPECTED = 1
@@ -39,7 +40,7 @@ def status_of(error: errors.HsmSignerError) -> int:
 
 def say(kind: str, text: str) -> None:
     """Write one line for a person: ``hsm-token: error: …``."""
-    print(f"hsm-token: {kind}: {printable(text, LINE)}", file=sys.stderr)
+    tell(f"hsm-token: {kind}: {printable(text, LINE)}")
 
 
 @contextmanager
@@ -49,6 +50,8 @@ def statuses() -> Iterator[None]:
         with interruptible(INTERRUPTED):
             yield
     except errors.HsmSignerError as error:
+        if isinstance(error, StdoutError) and error.closed_pipe:
+            sys.exit(CLOSED_PIPE)
         attempts = getattr(error, "attempts", ())
         details = attempts if len(attempts) > 1 else getattr(error, "candidates", ())
         _explain(str(error), error.hint, details)
@@ -58,14 +61,9 @@ def statuses() -> Iterator[None]:
         sys.exit(USAGE)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the flush at exit must not fail again
-        sys.exit(CLOSED_PIPE)
     except Exception as unexpected:  # noqa: BLE001  # the last line of defence: no text, it could hold a secret
         frames = "".join(traceback.format_list(traceback.extract_tb(unexpected.__traceback__)))
-        print(frames, end="", file=sys.stderr)
+        tell(frames.rstrip("\n"))
         _explain(f"unexpected {type(unexpected).__name__}", "this is a bug: please report the lines above")
         sys.exit(UNEXPECTED)
 
@@ -73,7 +71,7 @@ def statuses() -> Iterator[None]:
 def _explain_usage(error: typer.TyperException) -> None:
     context, message = getattr(error, "ctx", None), error.format_message()
     if context and message == context.get_help():  # only a group was named, and help is the answer
-        print(message, file=sys.stderr)
+        tell(message)
     else:
         _explain(message, f"{context.command_path} --help" if context else "hsm-token --help")
 
@@ -81,6 +79,6 @@ def _explain_usage(error: typer.TyperException) -> None:
 def _explain(message: str, hint: str | None, details: tuple[str, ...] = ()) -> None:
     say("error", message)
     for line in details:
-        print(f"  {printable(line, LINE)}", file=sys.stderr)
+        tell(f"  {printable(line, LINE)}")
     if hint:
         say("hint", hint)

@@ -68,7 +68,8 @@ def fetch(
         response = None if force or no_cache else _kept(keys, min_validity)
         if response is None and len(keys) > 1:
             response = rollover.fetch_or_next(*(partial(ask, each) for each in keys))
-        show(response or ask(settings), output)
+        response = response or ask(settings)
+    show(response, output)
 
 
 def _kept(keys: Iterable[Settings], min_validity: int) -> "TokenResponse | None":

@@ -18,7 +18,8 @@ GRACE = 0.3  # seconds for KeyboardInterrupt to restore the terminal and remove 
 def interruptible(status: int) -> Iterator[None]:
     """End the process with ``status`` soon after SIGINT, whatever the main thread is doing."""
     readable, writable = os.pipe()
-    os.set_blocking(writable, False)
+    if hasattr(os, "set_blocking"):  # missing on Windows before Python 3.12, where nobody asks for it
+        os.set_blocking(writable, False)
     before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(readable, status, ended), name="interrupt", daemon=True)

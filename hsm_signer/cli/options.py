@@ -3,7 +3,6 @@
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,7 +131,7 @@ class _Handler(logging.Handler):
             say("warning", record.getMessage())
         else:
             since_start = record.relativeCreated / 1000
-            print(f"hsm-token: {since_start:7.3f} s  {printable(record.getMessage())}", file=sys.stderr)
+            terminal.tell(f"hsm-token: {since_start:7.3f} s  {printable(record.getMessage())}")
 
 
 def _log(verbose: int, quiet: bool) -> None:

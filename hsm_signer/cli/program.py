@@ -66,5 +66,5 @@ def run() -> NoReturn:
     command = sys.argv[1] if len(sys.argv) > 1 else None  # a shell that asks for completions gives none
     with statuses():
         status = application(command)(prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()  # here, where a closed pipe is still ours to tell
+        sys.stdout.flush()  # here, where what fails is still ours to tell
         sys.exit(status if isinstance(status, int) else 0)

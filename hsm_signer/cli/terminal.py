@@ -1,8 +1,10 @@
 """What a person sees: results on stdout, everything else on stderr; tables and spinners on a terminal only."""
 
 import dataclasses
+import itertools
 import json
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,6 +12,7 @@ from hsm_signer.text import printable
 
 SPINNER_AFTER = 0.5  # seconds
 KEPT_WHOLE = 12  # characters of a cell
+SPINNER_PERIOD = 0.1
 
 quiet = False  # set once by --quiet
 
@@ -39,14 +42,20 @@ def _jsonable(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
+def tell(text: str) -> None:
+    """Write lines on stderr as they are."""
+    with _spinner.aside():
+        print(text, file=sys.stderr)
+
+
 def note(text: str) -> None:
     """Tell a person something on stderr."""
-    print(f"hsm-token: {printable(text)}", file=sys.stderr)
+    tell(f"hsm-token: {printable(text)}")
 
 
 def copyable(lines: Iterable[str]) -> None:
     """Show lines of ours on stderr as they are, for a person to copy."""
-    print(*lines, sep="\n", file=sys.stderr)
+    tell("\n".join(lines))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -99,12 +108,47 @@ def ask_secret(question: str) -> str:
     """Ask without echo, on the terminal itself; the question is shown as it is."""
     from getpass import getpass
 
-    return getpass(question, stream=sys.stderr)
+    with _spinner.aside():
+        return getpass(question, stream=sys.stderr)
 
 
 def somebody_there() -> bool:
     """Whether a person can be asked."""
     return sys.stdin.isatty()
+
+
+class _Spinner:
+    """One line on stderr that others put aside while they write there, or ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._drawn = ""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the line off the screen, and draw none during the block."""
+        with self._lock:
+            self._write("")
+            yield
+
+    def turn(self, what: str, ended: threading.Event) -> None:
+        """Draw until the end, from half a second on."""
+        if ended.wait(SPINNER_AFTER):
+            return
+        for sign in itertools.cycle("|/-\\"):
+            with self._lock:
+                if not ended.is_set():
+                    self._write(f"{sign} {what}")
+            if ended.wait(SPINNER_PERIOD):
+                return
+
+    def _write(self, line: str) -> None:
+        if line or self._drawn:  # blanks, not an escape sequence: every terminal knows them
+            print(f"\r{' ' * len(self._drawn)}\r{line}", end="", file=sys.stderr, flush=True)
+        self._drawn = line
+
+
+_spinner = _Spinner()
 
 
 @contextmanager
@@ -113,27 +157,11 @@ def working(what: str) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    from threading import Timer
-
-    started: list[object] = []
-
-    def spin() -> None:
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        if console.is_dumb_terminal:
-            return
-        status = console.status(printable(what))
-        started.append(status)
-        status.start()
-
-    timer = Timer(SPINNER_AFTER, spin)
-    timer.daemon = True
-    timer.start()
+    ended = threading.Event()
+    threading.Thread(target=_spinner.turn, args=(what, ended), name="spinner", daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()
-        for status in started:
-            status.stop()  # type: ignore[attr-defined]  # rich.status.Status, which is loaded by then only
+        ended.set()
+        with _spinner.aside():
+            pass

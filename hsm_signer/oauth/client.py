@@ -216,7 +216,7 @@ def _fault(assertion: str, ours: ClientAssertion, now: float) -> str | None:
             found = printable(repr(claims.get(name)), 200)
             return f"it was made with {name} {found}, and {expected!r} is configured here"
     expires = claims.get("exp")
-    if isinstance(expires, bool) or not isinstance(expires, int | float):
+    if isinstance(expires, bool) or not isinstance(expires, int | float) or not abs(expires) < 2**53:
         return "it has no exp"
     over = now + ours.clock_offset - expires
     return None if over < 0 else f"it expired {over:.0f} s ago"
