@@ -305,6 +305,10 @@ TOGETHER = {  # texts that are put together from more than one place; a piece of
     "…: expected …, …": "expected {self.issuer!r}",
     "…: … is missing, …": " is missing",
     "audit log …: …": "audit log {log.path}: ",
+    "the … is no JSON": '"is no JSON"',
+    "the … is no UTF-8": '"is no UTF-8"',
+    "the … is JSON, but no object": '"is JSON, but no object"',
+    "the … has a member twice, so nobody can tell which one is meant": '"has a member twice, so nobody can tell',
     "… is no TOML: …": "is no TOML: {",
 }
 IN_FILE = {"config.py": {"ValueError": (0, "… (…) must be {}")}}
