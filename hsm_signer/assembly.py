@@ -60,6 +60,7 @@ def _ask_for(prompt: Callable[[str], str], token: str, question: str) -> str:
 def open_token(settings: Settings, login: Login) -> "Iterator[Token]":
     """The configured token, logged in."""
     settings.require("token")
+    judge_uris(settings)
     source = pin_source(settings, login)
     module = prepared_module(settings)
     from hsm_signer.hsm.token import open_token
@@ -131,6 +132,28 @@ def client_assertion(settings: Settings, endpoint: str) -> "ClientAssertion":
     )
 
 
+def judge(settings: Settings, *, signs: bool = True) -> None:
+    """Raise :class:`ConfigError` for settings that cannot work, before a token is opened or a server asked."""
+    from hsm_signer.oauth.response import require_scope
+
+    if settings.issuer is None:
+        settings.require("token_endpoint")
+    client_assertion(settings, str(settings.token_endpoint or settings.issuer))
+    require_scope(settings.scope or "")
+    if signs:
+        settings.require("module", "token", "key")
+        judge_uris(settings)
+
+
+def judge_uris(settings: Settings) -> None:
+    """Raise :class:`ConfigError` for a token or key that no URI or label can mean."""
+    from hsm_signer.hsm.uri import key_uri, token_uri
+
+    token_uri(str(settings.token))
+    if settings.key is not None:
+        key_uri(settings.key)
+
+
 def token_client(settings: Settings, login: Login | None, *, cached: bool = True) -> "TokenClient":
     """The client of the configured service; no token is opened before an assertion is needed.
 
@@ -138,6 +161,7 @@ def token_client(settings: Settings, login: Login | None, *, cached: bool = True
     """
     from hsm_signer.oauth.client import TokenClient
 
+    judge(settings, signs=login is not None)
     endpoint = token_endpoint(settings, cached=cached)
     return TokenClient(
         endpoint,

@@ -259,6 +259,16 @@ def load(options: Mapping[str, object], environ: Mapping[str, str] = os.environ)
     return Settings(**values, config=path if document else None, profile=profile, origins=origins)
 
 
+def given_values(options: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> dict[str, object]:
+    """Options over environment, as they were given; no file is read."""
+    profile = environ.get(variable("profile")) or None
+    layers = (_from_environment(environ) | {"profile": profile}, options)
+    return {
+        name: next((layer[name] for layer in reversed(layers) if layer.get(name) is not None), None)
+        for name in options
+    }
+
+
 def check(values: Mapping[str, object]) -> None:
     """Raise :class:`ConfigError` for a value that no profile may have."""
     for name, value in values.items():

@@ -106,6 +106,13 @@ def _state(infos: "list[KeyInfo]", role: str, key: str, pin: str | None, file: s
     return KeyState(role, key, pin or found, found is not None, certificate)
 
 
+def in_use(settings: Settings, token: "Token") -> str | None:
+    """The thumbprint of the key in use: as pinned, else as proved, ``None`` where no one key has its name."""
+    if settings.key_thumbprint is not None or settings.key is None:
+        return settings.key_thumbprint
+    return _state(token.keys(), "in use", settings.key, None, None).thumbprint
+
+
 def fetch_or_next(fetch: Callable[[], T], fetch_next: Callable[[], T]) -> T:
     """Fetch with the key in use; where the server refuses that key, once with the next one.
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+import tomllib
 from base64 import urlsafe_b64decode
 
 import office as offices
@@ -309,16 +310,99 @@ def test_what_was_tried_is_listed_only_if_it_is_more_than_the_error_says(scratch
 
 def test_a_hostile_file_in_the_working_directory_does_nothing(office, tmp_path):
     canary = tmp_path / "canary"
-    hostile = f'[profiles.default]\npin-source = "command:touch {canary}"\nmodule = "{tmp_path}/evil.so"\n'
+    settings = office.profile | {"pin-source": f"command:touch {canary}"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     for name in ("hsm-token.toml", "config.toml", "pyproject.toml"):
-        (tmp_path / name).write_text(hostile)
+        (tmp_path / name).write_text("\n".join(["[profiles.default]", *lines, ""]))
+        (tmp_path / name).chmod(0o600)
     environment = {name: value for name, value in office.environment.items() if name != "HSM_TOKEN_CONFIG"}
-    done = subprocess.run(
-        office.command("fetch"), env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+
+    def run(*arguments):
+        command = office.command("fetch", "--no-cache", *arguments)
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run()
     assert done.returncode == 2
-    assert "no client-id given" in done.stderr or "no token-endpoint given" in done.stderr
+    assert "no token-endpoint given" in done.stderr
     assert not canary.exists()
+    run("--config", "config.toml")
+    assert canary.exists()  # so it is a file that would have done something
+
+
+UNUSABLE = {
+    "a key's URI": ({}, ("--key", "pkcs11:objct=x"), "objct"),
+    "no key": ({"key": None}, (), "no key given"),
+    "no token": ({"token": None}, (), "no token given"),
+    "a scope": ({"scope": "two  spaces"}, (), "scope"),
+    "a lifetime": ({}, ("--lifetime", "99999"), "lifetime"),
+    "an audience": ({}, ("--audience", "https://elsewhere.example/"), "elsewhere.example"),
+    "a client id": ({"client-id": "Bücher"}, (), "client_id"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_setting_that_cannot_work_is_told_before_a_pin_or_a_connection(scratch, name):
+    settings, options, named = UNUSABLE[name]
+    (scratch.home / "pin").unlink()
+    issuer = {"token-endpoint": None, "issuer": "https://127.0.0.1:1/nobody"}
+    done = scratch.configure(**issuer, **settings).run("fetch", "--no-cache", *options)
+    assert (done.status, done.stdout) == (2, "")
+    assert named in done.lines[0]
+
+
+def test_a_cached_access_token_does_not_hide_a_wrong_setting(scratch):
+    assert scratch.run("fetch").status == 0
+    done = scratch.run("fetch", "--lifetime", "99999")
+    assert (done.status, done.stdout) == (2, "")
+    assert "lifetime" in done.lines[0]
+
+
+def test_a_new_key_is_not_made_on_another_token_than_its_uri_names(scratch):
+    done = scratch.run("key", "generate", "pkcs11:token=other;object=elsewhere")
+    assert (done.status, done.stdout) == (2, "")
+    assert "token='other'" in done.lines[0]
+    assert scratch.run("key", "prove", "--key", "elsewhere").status == 5
+
+
+def test_config_init_reads_the_environment_and_names_no_variable_that_is_not_read(office, tmp_path):
+    target = tmp_path / "config.toml"
+    environment = {"HSM_TOKEN_CLIENT_ID": "from-variable", "HSM_TOKEN_PROFILE": "das", "HSM_TOKEN_SCOPE": "a"}
+    done = office.run(
+        "config",
+        "init",
+        "--config",
+        str(target),
+        "--scope",
+        "b",
+        environment=environment | {"HSM_TOKEN_KEY": ""},
+    )
+    assert done.status == 0
+    profile = tomllib.loads(target.read_text())["profiles"]["das"]
+    assert profile == {"client-id": "from-variable", "scope": "b"}
+    shown = office.run("config", "init", "--help").stdout
+    assert "HSM_TOKEN_CLIENT_ID" in shown
+    assert "HSM_TOKEN_PRESET" not in shown
+
+
+def test_slots_show_the_mechanisms_that_matter_and_all_of_them_as_json(office):
+    line = next(line for line in office.run("slots").stdout.splitlines() if office.token.label in line)
+    assert {"ECDSA", "EC_KEY_PAIR_GEN"} <= set(line.split("\t")[-1].split())
+    slots = office.run("slots", "--json").json
+    assert "SHA256" in next(slot for slot in slots if slot["token"])["mechanisms"]
+
+
+def test_every_command_can_be_verbose_and_quiet():
+    from typer.main import get_command
+
+    from hsm_signer.cli.program import application
+
+    def leaves(command):
+        below = getattr(command, "commands", None)
+        return [command] if below is None else [leaf for each in below.values() for leaf in leaves(each)]
+
+    for command in leaves(get_command(application())):
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"-v", "-q"} <= options, command.name
 
 
 def test_ctrl_c_ends_with_130_and_no_words(office, tmp_path):

@@ -174,3 +174,20 @@ def test_a_certificate_file_that_is_gone_costs_a_warning_and_no_token(
     assert done.status == 0
     assert "access_token" in json.loads(done.stdout)
     assert "warning: certificates are not watched" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["cert self-signed --store", "cert request"])
+def test_an_output_file_that_exists_is_told_before_the_token_is_opened(office: Office, command: str) -> None:
+    (office.home / "pin").unlink()
+    out = office.home / "there"
+    out.write_text("kept")
+    done = office.run(*command.split(), "--out", str(out))
+    assert (done.status, out.read_text()) == (2, "kept")
+    assert "nothing is overwritten" in done.lines[0]
+
+
+def test_doctor_refuses_a_bundle_that_exists_before_it_looks(office: Office) -> None:
+    out = office.home / "there"
+    out.write_text("kept")
+    done = office.run("doctor", "--offline", "--bundle", str(out))
+    assert (done.status, done.stdout, out.read_text()) == (2, "", "kept")

@@ -141,6 +141,23 @@ def test_one_rollover_at_a_time_and_not_to_the_key_in_use(rollover: Rollover) ->
     assert not (rollover.office.home / "third").exists()
 
 
+def test_the_key_in_use_is_not_the_next_one_where_the_profile_pins_none(rollover: Rollover) -> None:
+    config = rollover.office.config
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("key-thumbprint")))
+    same = rollover.run("rollover", "prepare", "first", "--out", str(rollover.office.home / "same"))
+    assert (same.status, same.stdout) == (2, "")
+    assert "is the key in use" in same.lines[0]
+    assert "next-key" not in rollover.profile
+
+
+def test_status_without_a_key_names_what_there_is_to_do(rollover: Rollover) -> None:
+    done = rollover.office.configure(key=None).run("rollover", "status")
+    assert done.status == 2
+    assert "--key" not in done.stderr
+    assert "hsm-token enroll" in done.stderr
+
+
 def test_without_a_next_key_or_a_profile_there_is_nothing_to_try_or_switch(rollover: Rollover) -> None:
     for command in ("try", "switch"):
         done = rollover.run("rollover", command)

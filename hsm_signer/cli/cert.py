@@ -1,5 +1,6 @@
 """``hsm-token cert``: certificates and requests, signed by the token."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def self_signed(
 
     settings.require("key")
     name = common_name_of(settings, common_name, subject)
+    require_free(out)
     with assembly.open_token(settings, options.login(retry_pin)) as token:
         signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
         not_before = int(time.time()) - validity.BACKDATED
@@ -72,6 +74,7 @@ def request(
     from hsm_signer.ecdsa import pem
 
     name = common_name_of(settings, common_name, subject)
+    require_free(out)
     with assembly.open_signer(settings, options.login(retry_pin)) as signer:
         der = x509.request(signer, common_name=name, subject=subject)
         assembly.record(settings, "certificate request made", signer.token_info, thumbprint=signer.kid)
@@ -177,6 +180,12 @@ def common_name_of(settings: Settings, common_name: str | None, subject: str | N
         settings.require("client_id")
         common_name = x509.default_common_name(str(settings.client_id))
     return distinguished_name.checked("CN", common_name)
+
+
+def require_free(out: Path | None) -> None:
+    """Raise :class:`ConfigError` where :func:`write` would, before anything is done that it could not undo."""
+    if out is not None and os.path.lexists(out):
+        raise ConfigError(f"{out} exists; nothing is overwritten")
 
 
 def write(out: Path | None, text: str) -> None:

@@ -13,6 +13,7 @@ from hsm_signer.config import (
     SETTINGS,
     Settings,
     check,
+    given_values,
     new_file,
     prepared_module,
 )
@@ -61,6 +62,7 @@ def show(settings: Settings, as_json: options.Json = False) -> None:
 
 
 @config.command()
+@options.logged
 def presets(as_json: options.Json = False) -> None:
     """Print the presets, the values of services that are known.
 
@@ -76,7 +78,9 @@ def presets(as_json: options.Json = False) -> None:
 
 
 @config.command()
-@options.configured("preset", *options.KEY, "client_id", "token_endpoint", "issuer", "scope", how=dict)
+@options.configured(
+    "preset", *options.KEY, "client_id", "token_endpoint", "issuer", "scope", how=given_values
+)
 def init(settings: Mapping[str, str | None]) -> None:
     """Write a commented configuration file of mode 0600; ask for what is not given, on a terminal.
 

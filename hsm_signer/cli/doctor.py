@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hsm_signer.cli import exits, options, terminal
-from hsm_signer.cli.cert import write
+from hsm_signer.cli.cert import require_free, write
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError
 from hsm_signer.text import printable
@@ -40,6 +40,7 @@ def doctor(
 
     Example: hsm-token doctor --profile das --login
     """
+    require_free(bundle)
     findings = []
     for finding in _findings(settings, offline, log_in, retry_pin):
         findings.append(finding)

@@ -59,6 +59,7 @@ def fetch(
         client = assembly.token_client(settings, options.login(retry_pin), cached=not no_cache)
         return client.fetch(min_validity=min_validity, force=force)
 
+    assembly.judge(settings)  # a cached access token must not hide what is wrong
     with terminal.working("asking the authorization server"):
         keys = [settings]
         if or_next and settings.next_key:

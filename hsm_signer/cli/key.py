@@ -54,6 +54,7 @@ def generate(
         assembly.open_token(settings, options.login(retry_pin)) as token,
         terminal.working("generating a key"),
     ):
+        token.require_own(wanted)
         made = token.generate_key(wanted.object, id=identifier)
         assembly.record(settings, "key generated", token.info, thumbprint=made.thumbprint)
     terminal.json_result(made) if as_json else terminal.result(str(made.thumbprint))

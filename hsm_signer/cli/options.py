@@ -45,38 +45,47 @@ def lazily(options: Options) -> Callable[[], Settings]:
 def configured(*names: str, how: Callable[[Options], object] = config.load) -> Callable[[Command], Command]:
     """Give a command the named settings as options; it gets one ``settings`` in their place.
 
-    ``how`` makes them from the options: :func:`lazily`, or ``dict`` where no configuration file is read.
+    ``how`` makes them from the options: :func:`lazily`, or without a configuration file.
     """
 
     def decorate(command: Command) -> Command:
-        own = [
-            each
-            for each in inspect.signature(command, eval_str=True).parameters.values()
-            if each.name != "settings"
-        ]
-        from_variables = how is not dict
-        shared = [
-            _parameter(name, SETTINGS[name].metadata["about"], from_variable=from_variables) for name in names
-        ]
+        shared = [_parameter(name, SETTINGS[name].metadata["about"]) for name in names]
         shared += [
-            _parameter("profile", "profile in the configuration file", from_variable=from_variables),
-            _parameter("config", "configuration file", from_variable=True),
+            _parameter("profile", "profile in the configuration file"),
+            _parameter("config", "configuration file"),
         ]
 
-        @functools.wraps(command)
-        def run(*, verbose: int, quiet: bool, **given: Any) -> None:  # noqa: ANN401  # typer fills them in
+        def run(**given: Any) -> None:  # noqa: ANN401  # typer fills them in
             options = {each.name: given.pop(each.name) for each in shared}
-            _log(verbose, quiet)
             command(settings=how(options), **given)
 
-        parameters = [*own, *shared, _VERBOSE, _QUIET]
-        keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
-        run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]  # typer reads it
-        run.__annotations__ = {each.name: each.annotation for each in keywords}
-        del run.__wrapped__
-        return run
+        own = [each for each in _parameters_of(command) if each.name != "settings"]
+        return logged(_with_parameters(functools.wraps(command)(run), [*own, *shared]))
 
     return decorate
+
+
+def logged(command: Command) -> Command:
+    """Give a command ``-v`` and ``-q``."""
+
+    def run(*, verbose: int, quiet: bool, **given: Any) -> None:  # noqa: ANN401  # typer fills them in
+        _log(verbose, quiet)
+        command(**given)
+
+    return _with_parameters(functools.wraps(command)(run), [*_parameters_of(command), _VERBOSE, _QUIET])
+
+
+def _parameters_of(command: Command) -> list[inspect.Parameter]:
+    return list(inspect.signature(command, eval_str=True).parameters.values())
+
+
+def _with_parameters(run: Command, parameters: list[inspect.Parameter]) -> Command:
+    """Let typer see these parameters."""
+    keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]  # typer reads it
+    run.__annotations__ = {each.name: each.annotation for each in keywords}
+    del run.__wrapped__  # type: ignore[attr-defined]  # set by functools.wraps
+    return run
 
 
 @contextmanager
@@ -97,9 +106,10 @@ def login(retry_pin: bool = False) -> "Login":
     return Login(terminal.ask_secret if terminal.somebody_there() else None, retry_pin)
 
 
-def _parameter(name: str, about: str, *, from_variable: bool) -> inspect.Parameter:
+def _parameter(name: str, about: str) -> inspect.Parameter:
     hyphened = name.replace("_", "-")
-    variable = f" [{config.variable(name)}]" if from_variable else ""
+    read = name not in SETTINGS or SETTINGS[name].metadata["option"]
+    variable = f" [{config.variable(name)}]" if read else ""
     help_text = f"{about[0].upper()}{about[1:]}{variable}."
     option = typer.Option(
         f"--{hyphened}", help=help_text, show_default=False, metavar=hyphened.rsplit("-", 1)[-1].upper()

@@ -57,7 +57,7 @@ def prepare(
             subject=subject,
             days=days,
             store=store,
-            in_use=settings.key_thumbprint,
+            in_use=rollover.in_use(settings, token),
         )
         try:
             rollover.prepare(
@@ -81,7 +81,10 @@ def status(settings: Settings, as_json: options.Json = False, retry_pin: options
 
     Example: hsm-token rollover status --profile das
     """
-    settings.require("key")
+    if settings.key is None:
+        raise ConfigError(
+            "the profile names no key in use", hint="hsm-token enroll makes one and writes it there"
+        )
     with assembly.open_token(settings, options.login(retry_pin)) as token:
         states = rollover.status(settings, token)
     rows = [state.as_dict(int(time.time())) for state in states]

@@ -10,6 +10,8 @@ from hsm_signer.config import Settings, prepared_module
 if TYPE_CHECKING:
     from hsm_signer.hsm.module import SlotInfo
 
+MECHANISMS = ("ECDSA", "ECDSA_SHA256", "EC_KEY_PAIR_GEN")  # what signs and makes keys; --json has all
+
 app = typer.Typer()
 
 
@@ -27,7 +29,7 @@ def slots(settings: Settings, as_json: options.Json = False) -> None:
     if as_json:
         terminal.json_result(found)
         return
-    terminal.table(("slot", "token", "serial", "model", "hardware", "flags", "ES256"), map(_row, found))
+    terminal.table(("slot", "token", "serial", "model", "hardware", "flags", "mechanisms"), map(_row, found))
 
 
 def _row(slot: "SlotInfo") -> tuple[str, ...]:
@@ -35,8 +37,16 @@ def _row(slot: "SlotInfo") -> tuple[str, ...]:
         return str(slot.slot_id), slot.problem or "empty", "", "", "", "", ""
     label = slot.token.label if slot.token.initialized else "not initialised"
     flags = " ".join(sorted(slot.token.flags))
-    signs = next((name for name in ("ECDSA", "ECDSA_SHA256") if name in slot.mechanisms), "no")
-    return str(slot.slot_id), label, slot.token.serial, slot.token.model, _yes(slot.hardware), flags, signs
+    mechanisms = " ".join(name for name in MECHANISMS if name in slot.mechanisms)
+    return (
+        str(slot.slot_id),
+        label,
+        slot.token.serial,
+        slot.token.model,
+        _yes(slot.hardware),
+        flags,
+        mechanisms or "none of ours",
+    )
 
 
 def _yes(value: bool) -> str:

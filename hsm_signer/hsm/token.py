@@ -236,15 +236,18 @@ class Token:
         )
 
     def _key_uri(self, key: str) -> Uri:
-        """The key's URI; one that names a token must mean this one."""
         uri = key_uri(key)
+        self.require_own(uri)
+        return uri
+
+    def require_own(self, uri: Uri) -> None:
+        """Raise :class:`ConfigError` where a key's URI names another token than this one."""
         here = module.attributes_of(self._login.module, self._login.token, self.info)
         for name, value in uri.token_attributes().items():
             if here[name] != value:
                 raise ConfigError(
                     f"the key's URI asks for {name}={value!r}, but the token has {here[name]!r}"
                 )
-        return uri
 
     def _cannot(self, what: str) -> str:
         return f"token {self.info.label!r} did not {what}"

@@ -18,7 +18,7 @@ from hsm_signer.errors import ConfigError, HsmSignerError, TransportError
 from hsm_signer.jose import Signer
 from hsm_signer.oauth.cache import UNKNOWN_LIFETIME, TokenCache
 from hsm_signer.oauth.grant import Grant, Outcome
-from hsm_signer.oauth.response import SCOPE, TokenResponse
+from hsm_signer.oauth.response import TokenResponse, require_scope
 from hsm_signer.oauth.transport import Transport
 from hsm_signer.text import printable
 from hsm_signer.url import parse as parse_url
@@ -58,10 +58,7 @@ class TokenClient:
         attended: bool = False,
     ) -> None:
         url = parse_url(endpoint, what="token endpoint")
-        if not re.fullmatch(SCOPE, scope):
-            raise ConfigError(
-                f"scope is names with single spaces between them (RFC 6749 §3.3), found {scope!r}"
-            )
+        require_scope(scope)
         if not 0 < deadline <= _MAX_DEADLINE:
             raise ConfigError(f"deadline is above 0 and at most {_MAX_DEADLINE} seconds, found {deadline!r}")
         self._grant = Grant(Transport(ca_bundle, proxy, timeout), url, assertion, scope, allow_narrower_scope)

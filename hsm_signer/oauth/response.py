@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from hsm_signer.errors import OAuthError, TokenResponseError, TransportError
+from hsm_signer.errors import ConfigError, OAuthError, TokenResponseError, TransportError
 from hsm_signer.text import printable
 
 MAX_ACCESS_TOKEN = 16 * 1024  # characters
@@ -30,6 +30,12 @@ class TokenResponse:
     token_type: str
     expires_at: int | None
     scope: str
+
+
+def require_scope(scope: str) -> None:
+    """Raise :class:`ConfigError` for what is no scope to ask for (RFC 6749 §3.3)."""
+    if not re.fullmatch(SCOPE, scope):
+        raise ConfigError(f"scope is names with single spaces between them (RFC 6749 §3.3), found {scope!r}")
 
 
 def parse(
