@@ -334,6 +334,8 @@ def raised(node: ast.AST, in_file: Mapping[str, tuple[int, str]]) -> Iterator[st
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
         return
     name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+    if ast.unparse(node.func) == "super().__init__":
+        yield from (text for argument in node.args[:1] for text in templates(argument))
     if ast.unparse(node.func) == "findings.append":
         yield from (f"audit log …: {text}" for text in templates(node.args[0]))
     is_warning = re.fullmatch(r"_?log\.warning", ast.unparse(node.func))
