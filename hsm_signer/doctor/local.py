@@ -18,7 +18,6 @@ from hsm_signer.errors import (
     KeyExportableError,
     KeyMismatchError,
     PinError,
-    PinLockedError,
     PinRefusedError,
     TokenError,
     UnsafeFileError,
@@ -80,6 +79,7 @@ def token(x: Examination) -> Outcome:
     path = known(x.module, "module")
     wanted = x.given("token")
     from hsm_signer.hsm import module as modules
+    from hsm_signer.hsm.pins import judge_lock
     from hsm_signer.hsm.search import find_token
     from hsm_signer.hsm.uri import token_uri
 
@@ -95,7 +95,8 @@ def token(x: Examination) -> Outcome:
         "hardware": info.hardware,
         "flags": sorted(info.flags),
     }
-    _judge_flags(info.flags, info.label)
+    judge_lock(info)
+    _require_a_user_pin(info.flags, info.label)
     if "USER_PIN_FINAL_TRY" in info.flags:
         return warning(evidence, "the next wrong PIN locks it: log in once with the token's own tool", facts)
     if "USER_PIN_COUNT_LOW" in info.flags:
@@ -109,13 +110,7 @@ def token(x: Examination) -> Outcome:
     return ok(evidence, facts, advice=advice)
 
 
-def _judge_flags(flags: frozenset[str], label: str) -> None:
-    if "USER_PIN_LOCKED" in flags:
-        raise PinLockedError(
-            f"the user PIN of token {label!r} is locked",
-            code="CKF_USER_PIN_LOCKED",
-            hint="whoever holds the security officer's PIN or the PUK can unlock it",
-        )
+def _require_a_user_pin(flags: frozenset[str], label: str) -> None:
     if "LOGIN_REQUIRED" in flags and "USER_PIN_INITIALIZED" not in flags:
         raise PinError(
             f"token {label!r} has no user PIN yet",

@@ -15,12 +15,10 @@ from pkcs11.exceptions import PKCS11Error
 from hsm_signer.hsm.codes import code_of, name_of
 
 _OK, _ALREADY_INITIALIZED = 0x0, 0x191
-_CANNOT_LOCK = frozenset(
-    {0x07, 0x09, 0x0A, 0x54}
-)  # arguments bad, need to create threads, can't lock, unsupported
+# CKR_ARGUMENTS_BAD, CKR_NEED_TO_CREATE_THREADS, CKR_CANT_LOCK, CKR_FUNCTION_NOT_SUPPORTED
+_CANNOT_LOCK = frozenset({0x07, 0x09, 0x0A, 0x54})
 _OS_LOCKING_OK = 0x2
 _USER_FUNCTIONS = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
-
 
 _INITIALIZE, _FINALIZE, _CLOSE_SESSION, _GET_SESSION_INFO = 0, 1, 13, 15  # places in CK_FUNCTION_LIST
 _SIGN_INIT, _SIGN = 42, 43

@@ -76,13 +76,18 @@ def attempt(pin: Source | None, info: TokenInfo) -> AbstractContextManager[Attem
 
 def judge_flags(info: TokenInfo, *, allow_final_try: bool) -> None:
     """Raise where the token says that no try, or only the last one, is left."""
-    if "USER_PIN_LOCKED" in info.flags:
-        raise _locked(info, "CKF_USER_PIN_LOCKED")
+    judge_lock(info)
     if "USER_PIN_FINAL_TRY" in info.flags and not allow_final_try:
         raise PinRefusedError(
             f"token {info.label!r} allows one last try (CKF_USER_PIN_FINAL_TRY), which is not spent",
             hint="log in once with the right PIN and the token's own tool, or allow the final try",
         )
+
+
+def judge_lock(info: TokenInfo) -> None:
+    """Raise where the token says that the PIN is locked."""
+    if "USER_PIN_LOCKED" in info.flags:
+        raise _locked(info, "CKF_USER_PIN_LOCKED")
 
 
 def judge_text(text: Secret | PinPad, info: TokenInfo) -> None:
