@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link[0]
         file = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
         name = ELSEWHERE.get(file) or file.removeprefix("docs/")
-        if files.get_file_from_path(name) is None:
+        if files.get_file_from_path(name) is None and (file in ELSEWHERE or (CHECKOUT / file).exists()):
             return link["text"]
         return f"[{link['text']}]({name}{'#' if anchor else ''}{anchor})"
 

@@ -235,6 +235,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", prose(page), re.MULTILINE):
+        rows = table.splitlines()
+        assert [row for row in rows if row.count("|") - row.count(r"\|") != rows[0].count("|")] == []
+
+
 class _Loads(HTMLParser):
     """What a browser loads with a page, unasked."""
 
@@ -256,7 +263,6 @@ def test_the_site_builds_strictly_and_loads_nothing_from_other_hosts(tmp_path: P
             "mkdocs",
             "build",
             "--strict",
-            "--quiet",
             "--site-dir",
             str(tmp_path / "site"),
         ],
