@@ -2,8 +2,8 @@
 
 Whatever is wrong with the cache becomes a warning and a fetch without it, never a wrong access token.
 
-A hit loads nothing but the standard library. On a miss one process fetches under a lock; the others look
-every 20 ms whether its access token has come.
+A hit loads nothing but the standard library. On a miss one process fetches under a lock; the others look now
+and then whether its access token has come: more seldom as time goes by, for there may be many of them.
 """
 
 import logging
@@ -22,7 +22,7 @@ from hsm_signer.oauth.response import TokenResponse
 
 MAX_LIFETIME = 86_400  # seconds that an access token is kept, whatever the server says
 UNKNOWN_LIFETIME = 60  # seconds, where the server gave none
-_POLL = 0.02  # seconds
+_FIRST_POLL, _LONGEST_POLL = 0.02, 0.1  # seconds
 _SUFFIX = ".token"
 _FIELDS = ("access_token", "raw", "token_type", "expires_at", "scope")
 _SHOWN = ("endpoint", "client_id", "scope")
@@ -92,7 +92,7 @@ class TokenCache:
         self, directory: PrivateDirectory, deadline: float
     ) -> tuple[HeldLock | None, TokenResponse | None]:
         before = self._glance(directory)
-        waiting = False
+        pause = _FIRST_POLL
         while True:
             held = try_lock(directory, f"{self._file.stem}.lock")
             record = self._glance(directory)
@@ -104,10 +104,10 @@ class TokenCache:
                     "another process was fetching this access token all the time that we had",
                     hint="try again; if it stays so, look for an hsm-token that hangs",
                 )
-            if not waiting:
+            if pause == _FIRST_POLL:
                 _log.info("another process is fetching this access token: waiting for it")
-                waiting = True
-            time.sleep(_POLL)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_POLL)
 
     def _glance(self, directory: PrivateDirectory) -> Record | None:
         """What is there, if anything that we can use: :meth:`load` has warned of the rest."""
