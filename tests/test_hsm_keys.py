@@ -240,6 +240,16 @@ def test_the_pinned_key_signs_and_another_does_not(token: Token) -> None:
         token.signer("pinned", thumbprint=other.thumbprint)
 
 
+def test_a_pin_holds_for_signatures_that_nobody_verifies(soft: SoftToken, softhsm_module: str) -> None:
+    by_a_stranger(soft, "swapped", "c0")
+    with open_token(soft.uri, module=softhsm_module, pin=soft.pin, verify=False) as unverified:
+        pinned = unverified.signer("swapped").kid
+        soft.pkcs11_tool("--delete-object", "--type", "privkey", "--label", "swapped")
+        by_a_stranger(soft, "swapped", "c0")
+        with pytest.raises(KeyMismatchError):
+            unverified.signer("swapped", thumbprint=pinned)
+
+
 def test_planted_objects_beside_a_genuine_public_half_are_passed_over(
     soft: SoftToken, token: Token, tmp_path: Path
 ) -> None:

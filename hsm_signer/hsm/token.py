@@ -164,7 +164,8 @@ class Token:
             ]
             if points and not candidates:
                 raise self._not_pinned(found, points, thumbprint)
-        if len(candidates) == 1:
+        # a first signature that is verified proves the same, and costs nothing
+        if len(candidates) == 1 and (self._verify or thumbprint is None):
             return HsmSigner(self._sessions, found, candidates[0], proved=False, verify=self._verify)
         point = self._sessions.run(
             lambda lane: proved_point(self._login, find_in(lane, found.uri), candidates),
