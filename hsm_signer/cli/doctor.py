@@ -12,7 +12,7 @@ from hsm_signer.cli import exits, options, terminal
 from hsm_signer.cli.cert import require_free, write
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError
-from hsm_signer.text import printable
+from hsm_signer.text import shown
 
 if TYPE_CHECKING:
     from hsm_signer.doctor import Finding
@@ -72,7 +72,7 @@ def _findings(
 def _show(finding: "Finding") -> None:
     """One line a check in a pipe; on a terminal with the remedy below it."""
     verdict, check = str(finding.verdict), finding.check
-    evidence, remedy = printable(finding.evidence, 2000), printable(finding.remedy or "", 2000)
+    evidence, remedy = shown(finding.evidence), shown(finding.remedy or "")
     if not sys.stdout.isatty():
         print(verdict, check, evidence, remedy, sep="\t", flush=True)
         return

@@ -11,15 +11,13 @@ from hsm_signer import errors
 from hsm_signer.cli.interrupt import interruptible
 from hsm_signer.cli.streams import StdoutError
 from hsm_signer.cli.terminal import tell
-from hsm_signer.text import printable
+from hsm_signer.text import shown
 
 UNEXPECTED = 1
 USAGE = 2
 CHECK = 8
 INTERRUPTED = 130
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
-
-LINE = 2000  # characters: our own sentences name paths and URLs, what strangers said is shorter already
 
 STATUSES: tuple[tuple[type[errors.HsmSignerError], int], ...] = (
     (errors.ConfigError, USAGE),
@@ -40,7 +38,7 @@ def status_of(error: errors.HsmSignerError) -> int:
 
 def say(kind: str, text: str) -> None:
     """Write one line for a person: ``hsm-token: error: …``."""
-    tell(f"hsm-token: {kind}: {printable(text, LINE)}")
+    tell(f"hsm-token: {kind}: {shown(text)}")
 
 
 @contextmanager
@@ -79,6 +77,6 @@ def _explain_usage(error: typer.TyperException) -> None:
 def _explain(message: str, hint: str | None, details: tuple[str, ...] = ()) -> None:
     say("error", message)
     for line in details:
-        tell(f"  {printable(line, LINE)}")
+        tell(f"  {shown(line)}")
     if hint:
         say("hint", hint)

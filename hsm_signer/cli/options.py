@@ -14,7 +14,7 @@ from hsm_signer.cli import terminal
 from hsm_signer.cli.exits import say
 from hsm_signer.config import SETTINGS, Settings
 from hsm_signer.errors import ConfigError
-from hsm_signer.text import printable
+from hsm_signer.text import shown
 
 if TYPE_CHECKING:
     from hsm_signer.assembly import Login
@@ -141,7 +141,7 @@ class _Handler(logging.Handler):
             say("warning", record.getMessage())
         else:
             since_start = record.relativeCreated / 1000
-            terminal.tell(f"hsm-token: {since_start:7.3f} s  {printable(record.getMessage())}")
+            terminal.tell(f"hsm-token: {since_start:7.3f} s  {shown(record.getMessage())}")
 
 
 def _log(verbose: int, quiet: bool) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hsm_signer.text import printable
+from hsm_signer.text import shown
 
 SPINNER_AFTER = 0.5  # seconds
 KEPT_WHOLE = 12  # characters of a cell
@@ -50,7 +50,7 @@ def tell(text: str) -> None:
 
 def note(text: str) -> None:
     """Tell a person something on stderr."""
-    tell(f"hsm-token: {printable(text)}")
+    tell(f"hsm-token: {shown(text)}")
 
 
 def copyable(lines: Iterable[str]) -> None:
@@ -60,7 +60,7 @@ def copyable(lines: Iterable[str]) -> None:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write rows: a table on a terminal, tab-separated lines without a head in a pipe."""
-    clean = [[printable(cell) for cell in row] for row in rows]
+    clean = [[shown(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in clean:
             print("\t".join(row))
@@ -82,9 +82,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def ask(question: str, default: str | None = None) -> str:
     """Ask a person for one line; the default is taken for an empty answer."""
-    shown = f"{printable(question)} [{printable(default)}]: " if default else f"{printable(question)}: "
+    line = f"{shown(question)} [{shown(default)}]: " if default else f"{shown(question)}: "
     while True:
-        print(shown, end="", file=sys.stderr, flush=True)
+        print(line, end="", file=sys.stderr, flush=True)
         answer = sys.stdin.readline()
         if not answer:
             raise KeyboardInterrupt  # Ctrl-D: no more answers will come
@@ -95,7 +95,7 @@ def ask(question: str, default: str | None = None) -> str:
 def choose(question: str, choices: Sequence[str], *, or_other: bool = False) -> str:
     """Let a person pick one by its number, or type something else where that is allowed."""
     for number, choice in enumerate(choices, 1):
-        print(f"  {number}  {printable(choice)}", file=sys.stderr)
+        print(f"  {number}  {shown(choice)}", file=sys.stderr)
     while True:
         answer = ask(f"{question}: number" + (" or path" if or_other else ""), "1")
         if answer.isdecimal() and 1 <= int(answer) <= len(choices):
