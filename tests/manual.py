@@ -138,7 +138,7 @@ class Desk:
         file.write_text("\n".join(script) + "\n")
         # script(1) gives the shell a terminal. What waits for an answer there gets none, and is ended
         terminal = subprocess.Popen(
-            ["timeout", "60", "script", "-qec", f"bash {file}", "/dev/null"],
+            ["timeout", "100", "script", "-qec", f"bash {file}", "/dev/null"],
             cwd=self.home,
             env=self.environment,
             stdin=subprocess.PIPE,
