@@ -18,6 +18,8 @@ from hsm_signer.errors import ConfigError, ModuleError
 WIPO = "https://www5.wipo.int/am/oauth2"
 WIPO_TEST = "https://logindev.wipo.int:443/am/oauth2"
 
+PIN_SOURCES = ("prompt", "env", "file", "command", "systemd", "keyring", "pinpad")
+
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "wipo-das": {
         "token-endpoint": f"{WIPO}/access_token",
@@ -49,6 +51,15 @@ def _text(value: object) -> str:
 
 def _text_or_empty(value: object) -> str:
     return "" if value == "" else _text(value)
+
+
+def _pin_source(value: object) -> str:
+    text = _text(value)
+    if text.partition(":")[0] not in PIN_SOURCES:
+        raise ValueError(
+            "a known source, and never a PIN: prompt, env:, file:, command:, systemd:, keyring:, pinpad"
+        )
+    return text
 
 
 def _url(value: object) -> str:
@@ -126,7 +137,7 @@ class Settings:
     token: str | None = _setting(_text, "token: label or PKCS#11 URI", option=True)
     key: str | None = _setting(_text, "key: label or PKCS#11 URI", option=True)
     pin_source: str | None = _setting(
-        _text,
+        _pin_source,
         "where the PIN comes from: prompt, env:, file:, command:, systemd:, keyring:, pinpad",
         option=True,
     )

@@ -4,14 +4,14 @@ import os
 import stat
 from pathlib import Path
 
+from hsm_signer.errors import ConfigError
+
 APP = "hsm-token"
 
 
 def user_config_file() -> Path:
     """The user's own configuration file."""
-    import platformdirs
-
-    return platformdirs.user_config_path(APP) / "config.toml"
+    return _of_the_user("config") / "config.toml"
 
 
 def config_file() -> Path:
@@ -22,9 +22,7 @@ def config_file() -> Path:
 
 def state_directory() -> Path:
     """The user's state: the PIN markers and their locks, the audit log."""
-    import platformdirs
-
-    return platformdirs.user_state_path(APP)
+    return _of_the_user("state")
 
 
 def cache_directory() -> Path:
@@ -32,9 +30,18 @@ def cache_directory() -> Path:
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     if runtime.is_absolute() and _ours_and_private(runtime):
         return runtime / APP
+    return _of_the_user("cache")
+
+
+def _of_the_user(kind: str) -> Path:
     import platformdirs
 
-    return platformdirs.user_cache_path(APP)
+    try:
+        return Path(getattr(platformdirs, f"user_{kind}_path")(APP))
+    except RuntimeError:  # from Path.home(): a container's number without an entry among the users
+        raise ConfigError(
+            "this user has no home directory", hint="set HOME, or --config, and cache and state-dir in it"
+        ) from None
 
 
 def _ours_and_private(directory: Path) -> bool:

@@ -224,7 +224,7 @@ BAD_INPUT = {
     ),
     "a server that refuses": ({"client-id": "nobody"}, 6, "invalid_client"),
     "a scope that is not granted": ({"scope": "everything"}, 6, "invalid_scope"),
-    "a PIN source that is none": ({"pin-source": "magic:"}, 2, "PIN source"),
+    "a PIN source that is none": ({"pin-source": "magic:"}, 2, "pin-source"),
     "a PIN file that is missing": ({"pin-source": "file:/nonexistent"}, 2, "/nonexistent"),
     "no terminal to ask at": ({"pin-source": "prompt"}, 2, "terminal"),
     "an unknown claims set": ({"claims": "all"}, 2, "claims"),

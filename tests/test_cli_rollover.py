@@ -120,7 +120,7 @@ def test_a_profile_that_is_read_only_gets_the_lines_to_change_printed(rollover: 
     config.chmod(0o400)
     before = config.read_text()
     done = rollover.run("rollover", "switch")
-    assert done.status == 0
+    assert done.status == 2
     assert "read-only" in done.stderr
     assert config.read_text() == before
     lines = tomllib.loads(done.stdout)["profiles"]["office"]

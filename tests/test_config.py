@@ -50,7 +50,13 @@ def test_an_empty_variable_counts_as_none(written):
 
 
 def test_every_optional_setting_has_its_variable():
-    fitting = {"lifetime": "1", "claims": "oidc", "token_endpoint": ENDPOINT, "issuer": ENDPOINT}
+    fitting = {
+        "pin_source": "prompt",
+        "lifetime": "1",
+        "claims": "oidc",
+        "token_endpoint": ENDPOINT,
+        "issuer": ENDPOINT,
+    }
     names = [name for name, each in config.SETTINGS.items() if each.metadata["option"]]
     settings = load({}, {config.variable(name): fitting.get(name, "x") for name in names})
     assert {settings.origin(name) for name in names} == {"environment"}
@@ -82,6 +88,22 @@ def test_a_pin_in_the_file_is_refused_and_not_shown(written):
     with pytest.raises(ConfigError) as caught:
         load(written("[profiles.a]\npin = '31415926'\n"))
     assert "31415926" not in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("text", ["31415926", "banana:31415926"])
+def test_what_is_no_pin_source_may_be_a_pin_and_is_not_shown(written, text):
+    with pytest.raises(ConfigError, match="pin-source") as caught:
+        load(written(f"[profiles.a]\npin-source = '{text}'\n"))
+    assert "31415926" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch):
+    monkeypatch.delenv("HOME")
+    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
+    with pytest.raises(ConfigError, match="no home directory"):
+        load({})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hsm_signer import assembly, rollover, validity
-from hsm_signer.cli import enrol, options, terminal
+from hsm_signer.cli import enrol, exits, options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
@@ -169,7 +169,7 @@ def switch(
     except ProfileNotChangedError as failed:
         terminal.note(f"{failed}; nothing is switched before these lines are changed:")
         terminal.result("\n".join(failed.lines))
-        return
+        raise typer.Exit(exits.USAGE) from None  # a script must not go on to retire the key in use
     terminal.note(f"profile {profile} now uses the key {thumbprint}; the old key stays on the token")
     terminal.note("when it is needed no more: hsm-token rollover retire")
 
