@@ -176,8 +176,10 @@ def test_config_init_writes_a_private_file_that_works(office, tmp_path):
 
 def test_config_init_asks_at_a_terminal_until_each_answer_is_one(office, tmp_path):
     target = tmp_path / "config.toml"
-    options = ["--config", str(target), f"--module={office.token.module}"]
+    options = ["--config", str(target)]
     answers = {
+        "PKCS#11 module: number or path [1]: ": "/nonexistent.so",
+        "/nonexistent.so: No such file or directory": office.token.module,
         "service: number [1]: ": "5",
         "token endpoint (URL): ": "http://login.example/token",
         "login.example/token'\r\ntoken endpoint (URL): ": office.profile["token-endpoint"],
@@ -191,6 +193,7 @@ def test_config_init_asks_at_a_terminal_until_each_answer_is_one(office, tmp_pat
     answers["token: number [1]: "] = str(labels.index(office.token.label) + 1)
     screen = at_a_terminal(office, ["config", "init", *options], answers)
     assert "https is needed" in screen
+    assert "no PKCS#11 module /nonexistent.so" in screen
     done = office.run("fetch", "--no-cache", "--config", str(target))
     assert (done.status, done.stderr) == (0, "")
 

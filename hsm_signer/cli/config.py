@@ -17,7 +17,7 @@ from hsm_signer.config import (
     new_file,
     prepared_module,
 )
-from hsm_signer.errors import ConfigError
+from hsm_signer.errors import ConfigError, ModuleError
 
 app = typer.Typer()
 config = typer.Typer(name="config", help="Write and show the configuration.", no_args_is_help=True)
@@ -138,13 +138,20 @@ def _preset_of(service: str) -> str:
 
 
 def ask_module() -> str:
-    """Let a person choose a PKCS#11 module; none is loaded."""
+    """Let a person choose a PKCS#11 module, until it is one that may be loaded; none is."""
     from hsm_signer.hsm.known import known_modules
 
     found = [str(each) for each in known_modules()]
-    if not found:
-        return terminal.ask("path of the PKCS#11 module")
-    return terminal.choose("PKCS#11 module", found, or_other=True)
+    while True:
+        answer = (
+            terminal.choose("PKCS#11 module", found, or_other=True)
+            if found
+            else terminal.ask("path of the PKCS#11 module")
+        )
+        try:
+            return prepared_module(Settings(module=answer))
+        except (ConfigError, ModuleError) as wrong:
+            terminal.note(str(wrong))
 
 
 def ask_token(module: str) -> str:
