@@ -288,8 +288,7 @@ def test_a_bundle_overwrites_nothing(tls_office, tmp_path):
     file = tmp_path / "there"
     file.write_text("mine")
     done = tls_office.run("doctor", "--offline", "--bundle", str(file))
-    assert done.status == 2
-    assert len(done.stdout.splitlines()) == len(CHECKS)
+    assert (done.status, done.stdout) == (2, "")  # before anything is looked at
     assert file.read_text() == "mine"
 
 

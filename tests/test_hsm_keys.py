@@ -241,11 +241,11 @@ def test_the_pinned_key_signs_and_another_does_not(token: Token) -> None:
 
 
 def test_a_pin_holds_for_signatures_that_nobody_verifies(soft: SoftToken, softhsm_module: str) -> None:
-    by_a_stranger(soft, "swapped", "c0")
+    by_a_stranger(soft, "swapped", "5a")
     with open_token(soft.uri, module=softhsm_module, pin=soft.pin, verify=False) as unverified:
         pinned = unverified.signer("swapped").kid
         soft.pkcs11_tool("--delete-object", "--type", "privkey", "--label", "swapped")
-        by_a_stranger(soft, "swapped", "c0")
+        by_a_stranger(soft, "swapped", "5a")
         with pytest.raises(KeyMismatchError):
             unverified.signer("swapped", thumbprint=pinned)
 
