@@ -74,6 +74,22 @@ def _integer(value: object) -> int:
     return value
 
 
+def _lifetime(value: object) -> int:
+    from hsm_signer.assertion import MAX_LIFETIME
+
+    if not 1 <= (seconds := _integer(value)) <= MAX_LIFETIME:
+        raise ValueError(f"1 to {MAX_LIFETIME} seconds")
+    return seconds
+
+
+def _clock_offset(value: object) -> int:
+    from hsm_signer.assertion import MAX_CLOCK_OFFSET
+
+    if abs(seconds := _integer(value)) > MAX_CLOCK_OFFSET:
+        raise ValueError(f"at most {MAX_CLOCK_OFFSET} seconds either way")
+    return seconds
+
+
 def _boolean(value: object) -> bool:
     if type(value) is not bool:
         raise ValueError("true or false")
@@ -146,7 +162,7 @@ class Settings:
     issuer: str | None = _setting(_url, "issuer of the authorization server, for discovery", option=True)
     audience: str | None = _setting(_text, "aud of the assertion, if not the token endpoint", option=True)
     scope: str | None = _setting(_text, "scopes to ask for, separated by spaces", option=True)
-    lifetime: int = _setting(_integer, "seconds that an assertion lives", default=60, option=True)
+    lifetime: int = _setting(_lifetime, "seconds that an assertion lives", default=60, option=True)
     claims: str = _setting(
         _claims, "minimal (WIPO) or oidc (adds iat and jti)", default="minimal", option=True
     )
@@ -160,7 +176,7 @@ class Settings:
         _kid, "true: kid is the thumbprint; a text: the kid that the server gave", default=False
     )
     typ: str = _setting(_text_or_empty, "typ of the assertion's header; empty leaves it out", default="JWT")
-    clock_offset: int = _setting(_integer, "seconds to add to our clock", default=0)
+    clock_offset: int = _setting(_clock_offset, "seconds to add to our clock", default=0)
     timeout: tuple[float, float] = _setting(_timeout, "seconds to connect and to read", default=(5.0, 15.0))
     deadline: float = _setting(_seconds, "seconds for all attempts together", default=60.0)
     allow_narrower_scope: bool = _setting(_boolean, "accept a token with fewer scopes", default=False)

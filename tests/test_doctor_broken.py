@@ -281,7 +281,7 @@ def the_token_has_no_pin_pad(scene: Scene) -> None:
     scene.profile(pin_source="pinpad")
 
 
-@broken("PIN source", 2, "none of those known")
+@broken("configuration", 2, "must be a known source")
 def the_pin_source_is_misspelt(scene: Scene) -> None:
     scene.profile(pin_source="datei:pin")
 

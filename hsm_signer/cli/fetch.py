@@ -59,7 +59,8 @@ def fetch(
         client = assembly.token_client(settings, options.login(retry_pin), cached=not no_cache)
         return client.fetch(min_validity=min_validity, force=force)
 
-    assembly.judge(settings)  # a cached access token must not hide what is wrong
+    if settings.token_endpoint is None:
+        assembly.judge(settings)  # before a server is asked where the endpoint is
     with terminal.working("asking the authorization server"):
         keys = [settings]
         if or_next and settings.next_key:
@@ -74,7 +75,10 @@ def fetch(
 
 
 def _kept(keys: Iterable[Settings], min_validity: int) -> "TokenResponse | None":
-    """What is cached of one of the keys; so most runs need no client, and after a cut-over no refusal."""
+    """What is cached of one of the keys; so most runs need no client, and after a cut-over no refusal.
+
+    Settings are judged where there is none: what is kept came by the very same ones.
+    """
     for settings in keys:
         cache = assembly.access_token_cache(settings, assembly.token_endpoint(settings))
         if found := cache.load(int(time.time()), min_validity):
