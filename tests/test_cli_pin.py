@@ -1,0 +1,49 @@
+"""A wrong PIN in a file, and every command that logs in with it at the same moment."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import office as offices
+from conftest import SoftToken
+from faults import FaultyModule
+
+COMMANDS = (
+    ("fetch", "--no-cache"),
+    ("fetch",),
+    ("assertion",),
+    ("key", "list"),
+    ("key", "prove"),
+    ("key", "export"),
+    ("key", "generate", "another"),
+    ("cert", "self-signed"),
+    ("cert", "request"),
+    ("doctor", "--offline", "--login"),
+)
+PROCESSES = 50
+
+
+def test_fifty_processes_of_mixed_commands_spend_one_try(
+    new_token: Callable[..., SoftToken], faulty: FaultyModule, tmp_path: Path
+) -> None:
+    token = new_token()
+    office = offices.found(
+        tmp_path, token, **{"module": faulty.path, "token-endpoint": "http://127.0.0.1:1/token"}
+    )
+    (tmp_path / "pin").write_text("00000000" if token.pin != "00000000" else "11111111")
+    environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
+    running = [
+        subprocess.Popen(
+            office.command(*COMMANDS[number % len(COMMANDS)]),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(PROCESSES)
+    ]
+    errors = [process.communicate(timeout=100)[1] for process in running]
+    assert {process.returncode for process in running} == {4}, errors
+    assert faulty.calls("C_Login") == 1
+    assert sum("CKR_PIN_INCORRECT" in error for error in errors) <= 1
