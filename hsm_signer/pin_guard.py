@@ -212,15 +212,16 @@ class LoginGuard:
 def in_turn(token_identity: str) -> Iterator[Attempt]:
     """Let a login with a PIN that the program has wait for others, and leave no marker.
 
-    Some tokens fail where processes log in at the same time (SoftHSM2: ``CKR_GENERAL_ERROR``), as the workers
-    of a server do. Without a state directory, or where the other login takes long, it goes on all the same.
+    Some tokens fail where processes log in at the same time (SoftHSM2: ``CKR_GENERAL_ERROR``, or
+    ``CKR_USER_PIN_NOT_INITIALIZED``), as the workers of a server do. Without a state directory, or where the
+    logins before it do not end, it goes on all the same.
     """
     with ExitStack() as held:
         with suppress(OSError, UnsafeFileError):
             directory = held.enter_context(
                 files.private_directory(paths.state_directory(), forbidden=files.UNTOUCHED)
             )
-            _lock(held, directory, _name(token_identity), PROMPT_WAIT)
+            _lock(held, directory, _name(token_identity), UNATTENDED_WAIT)
         yield Attempt(None, source=None)
 
 
