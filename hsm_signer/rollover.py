@@ -93,7 +93,7 @@ def status(settings: Settings, token: "Token") -> list[KeyState]:
 
 
 def _state(infos: "list[KeyInfo]", role: str, key: str, pin: str | None, file: str | None) -> KeyState:
-    matching = [info for info in infos if _means(key, info) and pin in (None, info.thumbprint)]
+    matching = [info for info in infos if _means(key, info.uri) and pin in (None, info.thumbprint)]
     info = matching[0] if len(matching) == 1 else None
     certificate = None
     if file is not None:
@@ -190,23 +190,55 @@ def _switched(settings: Mapping[str, object]) -> dict[str, str | None]:
     }
 
 
-def retire(token: "Token", thumbprint: str, path: Path, profile: str, *, state_directory: Path) -> "KeyInfo":
-    """Delete the key of this thumbprint, which no profile in the file may use, and forget it in the profile.
+def destroy(
+    token: "Token",
+    thumbprint: str,
+    path: Path | None,
+    profile: str | None,
+    *,
+    state_directory: Path,
+    key: str | None = None,
+) -> "KeyInfo":
+    """Destroy the key of this thumbprint, which no profile in the file may use, and forget it in the profile.
 
-    The token compares the thumbprint again, by a challenge, right before it destroys the key by handle.
+    The token compares the thumbprint, and the name ``key`` where one is given, again right before it destroys
+    the key by handle: a challenge proves it.
     """
     with profile_file.exclusive(state_directory):
         info = find_by_thumbprint(token, thumbprint)
-        profiles = profile_file.profiles(path)
-        for name, settings in profiles.items():
-            for key in ("key", "next-key"):
-                _require_unused(
-                    info, settings.get(key), settings.get(f"{key}-thumbprint"), f"{key} of {name}"
-                )
-        token.delete_key(info.uri, thumbprint=thumbprint)
-        if profiles.get(profile, {}).get("previous-key-thumbprint") == thumbprint:
-            profile_file.change(path, profile, {"previous-key": None, "previous-key-thumbprint": None})
+        require_unused(path, thumbprint, info.uri)
+        token.delete_key(key or info.uri, thumbprint=thumbprint)
+        if path is not None and profile is not None:
+            settings = profile_file.profiles(path).get(profile, {})
+            if settings.get("previous-key-thumbprint") == thumbprint:
+                profile_file.change(path, profile, {"previous-key": None, "previous-key-thumbprint": None})
     return info
+
+
+def require_unused(path: Path | None, thumbprint: str, key: str | None = None) -> None:
+    """Raise :class:`KeyMismatchError` where a profile in the file pins the key, or names it without a pin.
+
+    ``key``: its name, as far as it is known: before a login it may be a label alone.
+    """
+    pinned, named = [], []
+    for profile, settings in profile_file.profiles(path).items() if path else ():
+        for role in ("key", "next-key"):
+            pin, name = settings.get(f"{role}-thumbprint"), settings.get(role)
+            if pin == thumbprint:
+                pinned.append(f"the {role} of {profile}")
+            elif pin is None and isinstance(name, str) and key is not None and _means(name, key):
+                named.append(f"the {role} of {profile}")
+    if pinned:
+        raise KeyMismatchError(
+            f"{thumbprint} is pinned as {' and '.join(pinned)}: a key in use is not deleted",
+            hint="hsm-token rollover brings a profile to another key, and its abandon drops a next key; "
+            "a profile that nobody needs can go from the file",
+        )
+    if named:
+        raise KeyMismatchError(
+            f"{key} may be {' and '.join(named)}, which is pinned to no thumbprint",
+            hint="add the thumbprint of its key to each such profile: hsm-token key list shows it",
+        )
 
 
 def find_by_thumbprint(token: "Token", thumbprint: str) -> "KeyInfo":
@@ -221,19 +253,7 @@ def find_by_thumbprint(token: "Token", thumbprint: str) -> "KeyInfo":
     return found[0]
 
 
-def _require_unused(info: "KeyInfo", key: object, pin: object, where: str) -> None:
-    if pin == info.thumbprint:
-        raise KeyMismatchError(
-            f"the {where} is pinned to {pin}: a key in use is not deleted",
-            hint="hsm-token rollover switch makes the next key the key in use",
-        )
-    if pin is None and isinstance(key, str) and _means(key, info):
-        raise KeyMismatchError(
-            f"the {where} is named {key!r} and pinned to no thumbprint: it may be the key that is to go",
-            hint="add its key-thumbprint to that profile: hsm-token key list shows it",
-        )
-
-
-def _means(key: str, info: "KeyInfo") -> bool:
-    uri = key_uri(key)
-    return uri.object in (None, info.label) and uri.id in (None, info.id)
+def _means(key: str, name: str) -> bool:
+    """Whether ``key`` asks for nothing but what ``name`` has: the name of a key, as far as it is known."""
+    asked, known = key_uri(key), key_uri(name)
+    return asked.object in (None, known.object) and asked.id in (None, known.id)

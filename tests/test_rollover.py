@@ -69,7 +69,7 @@ class Office:
         rollover.switch(self.file, "das", thumbprint, state_directory=self.state)
 
     def retire(self, thumbprint: str | None) -> None:
-        rollover.retire(self.token, str(thumbprint), self.file, "das", state_directory=self.state)
+        rollover.destroy(self.token, str(thumbprint), self.file, "das", state_directory=self.state)
 
     def labels(self) -> list[str]:
         infos = self.token.keys()

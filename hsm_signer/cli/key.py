@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hsm_signer import assembly, validity
-from hsm_signer.cli import options, terminal
+from hsm_signer import assembly, rollover, validity
+from hsm_signer.cli import enrol, options, terminal
 from hsm_signer.config import Settings
-from hsm_signer.errors import ConfigError, KeyExportableError
+from hsm_signer.errors import ConfigError, KeyExportableError, ProfileNotChangedError
 from hsm_signer.hsm.uri import key_uri
 from hsm_signer.jose import jwk_set
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.keys import KeyInfo
+    from hsm_signer.hsm.token import Token
 
 app = typer.Typer()
 key = typer.Typer(name="key", help="Generate, list, prove, export and delete keys.", no_args_is_help=True)
@@ -147,20 +148,42 @@ def delete(
     thumbprint: options.Thumbprint = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Destroy a key in the token, its public half and its certificate. There is no way back.
+    """Destroy a key in the token, its public half and its certificates. There is no way back.
+
+    A key that a profile of the configuration file pins or names, as its own or as the next, is not deleted.
 
     Example: hsm-token key delete --key das-2024 --profile das
     """
-    settings.require("key")
-    if thumbprint is None and not terminal.somebody_there():
-        raise ConfigError("deleting a key needs its thumbprint", hint="use --thumbprint")
+    settings.require("token", "key")
+    name = str(settings.key)
+    if thumbprint is None:
+        if not terminal.somebody_there():
+            raise ConfigError("deleting a key needs its thumbprint", hint="use --thumbprint")
+        terminal.note(f"{name} on {settings.token} will be destroyed for ever")
+        thumbprint = terminal.ask("type its thumbprint")
+    rollover.require_unused(settings.config, thumbprint, name)
     with assembly.open_token(settings, options.login(retry_pin)) as token:
-        if thumbprint is None:
-            terminal.note(f"{settings.key} on {token.info.label} will be destroyed for ever")
-            thumbprint = terminal.ask("type its thumbprint")
-        token.delete_key(str(settings.key), thumbprint=thumbprint)
-        assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
-    terminal.note(f"deleted {settings.key}")
+        destroy(settings, token, thumbprint, name)
+
+
+def destroy(settings: Settings, token: "Token", thumbprint: str, key: str | None = None) -> None:
+    """Destroy a key that no profile uses, record it, and tell a person."""
+    left: ProfileNotChangedError | None = None
+    try:
+        rollover.destroy(
+            token,
+            thumbprint,
+            settings.config,
+            settings.profile,
+            state_directory=assembly.state_directory(settings),
+            key=key,
+        )
+    except ProfileNotChangedError as failed:  # only after the key is gone
+        left = failed
+    assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
+    terminal.note(f"destroyed the key {thumbprint}")
+    if left:
+        enrol.show_lines(left)
 
 
 def _hex(text: str) -> bytes:

@@ -10,6 +10,7 @@ import typer
 from hsm_signer import assembly, rollover, validity
 from hsm_signer.cli import enrol, exits, options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
+from hsm_signer.cli.key import destroy
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
 from hsm_signer.hsm.uri import key_uri
@@ -181,29 +182,22 @@ def retire(
     thumbprint: options.Thumbprint = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Destroy the old key, which no profile may use any more.
+    """Destroy the old key and its certificates on the token; no profile may use it any more.
 
     There is no way back.
 
     Example: hsm-token rollover retire --profile das
     """
-    path, profile = _profile(settings)
-    if thumbprint is None and not terminal.somebody_there():
+    path, _ = _profile(settings)
+    if thumbprint is not None:
+        rollover.require_unused(path, thumbprint)
+    elif not terminal.somebody_there():
         raise ConfigError("retiring a key needs its thumbprint", hint="use --thumbprint")
     with assembly.open_token(settings, options.login(retry_pin)) as token:
         if thumbprint is None:
             _show_previous(settings, token)
             thumbprint = terminal.ask("type the thumbprint of the key that is to go")
-        try:
-            info = rollover.retire(
-                token, thumbprint, path, profile, state_directory=assembly.state_directory(settings)
-            )
-        except ProfileNotChangedError as failed:  # only after the key is gone
-            assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
-            enrol.show_lines(failed)
-            return
-        assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
-    terminal.note(f"destroyed {info.label} ({thumbprint})")
+        destroy(settings, token, thumbprint)
 
 
 def _show_previous(settings: Settings, token: "Token") -> None:
