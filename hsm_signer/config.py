@@ -121,9 +121,9 @@ def _claims(value: object) -> str:
 
 
 def _preset(value: object) -> str:
-    if value not in PRESETS:
+    if not isinstance(value, str) or value not in PRESETS:
         raise ValueError(f"one of {', '.join(PRESETS)}")
-    return str(value)
+    return value
 
 
 def _environment(value: object) -> dict[str, str]:
@@ -338,8 +338,8 @@ def _document(named: object) -> tuple[Path, Mapping[str, object]]:
         raise ConfigError(f"cannot read {path}: {unreadable.strerror}") from None
     try:
         return path, tomllib.loads(text.decode())
-    # TOMLDecodeError and UnicodeDecodeError; the text names line and column only
-    except ValueError as broken:
+    # TOMLDecodeError and UnicodeDecodeError, whose texts name line and column only; brackets without end
+    except (ValueError, RecursionError) as broken:
         raise ConfigError(f"{path} is no TOML: {broken}") from None
 
 

@@ -129,7 +129,7 @@ def _read(path: Path) -> str:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as broken:
+    except (tomllib.TOMLDecodeError, RecursionError) as broken:
         raise ConfigError(f"the profiles are in no TOML: {broken}") from None
 
 

@@ -121,6 +121,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch):
         "module-env = 'x'",
         "module-env = {A = 1}",
         "preset = 'wipo'",
+        "preset = []",
         "sessions = 1.5",
         "module = 'libsofthsm2.so'",
         'module = "/lib/a\\u0000"',
@@ -144,7 +145,9 @@ def test_a_wrong_type_is_an_error_that_names_the_key(written, line):
     assert line.split(" ")[0] in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["nonsense", "a = 1", "profiles = 1", "[profiles]\na = 1", "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["nonsense", "a = 1", "profiles = 1", "[profiles]\na = 1", "\udcff", "a = " + "[" * 10_000]
+)
 def test_a_file_that_is_no_configuration_is_an_error(tmp_path, text):
     path = tmp_path / "config.toml"
     path.write_bytes(text.encode(errors="surrogateescape"))

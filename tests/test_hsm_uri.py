@@ -134,6 +134,13 @@ def test_everything_else_is_a_configuration_error(text: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize("text", ["pkcs11:pin-value=19283746", "pkcs11:token=a;pin-value=19283746#"])
+def test_a_pin_in_the_path_is_not_shown_either(text: str) -> None:
+    with pytest.raises(ConfigError, match="pin-value") as caught:
+        token_uri(text)
+    assert "19283746" not in f"{caught.value}{caught.value.hint}"
+
+
 def test_an_empty_label_chooses_nothing() -> None:
     for read in (token_uri, key_uri):
         with pytest.raises(ConfigError):

@@ -203,7 +203,9 @@ def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:
     assert "das-2028" in file.read_text()
 
 
-@pytest.mark.parametrize("content", [None, b"\xff", b"profiles = ", b"[profiles.other]\n"])
+@pytest.mark.parametrize(
+    "content", [None, b"\xff", b"profiles = ", b"[profiles.other]\n", b"a = " + b"[" * 10_000]
+)
 def test_a_file_that_is_gone_or_damaged_is_a_configuration_error(
     tmp_path: Path, content: bytes | None
 ) -> None:

@@ -95,7 +95,10 @@ def parse(text: str) -> Uri:
     for part in path.split(";") if path else []:
         name, equals, written = part.partition("=")
         if not equals or not _PCHAR.fullmatch(written):
-            raise ConfigError(f"no attribute of a PKCS#11 URI (RFC 7512): {part!r}")
+            raise ConfigError(  # without the value: it may be a PIN in the wrong place
+                f"no attribute of a PKCS#11 URI (RFC 7512): {name!r}",
+                hint="attributes are name=value with ; between them; what is special in a value is written %XX",
+            )
         if name in values:
             raise ConfigError(f"the PKCS#11 URI names {name} twice")
         values[name] = _read(name, written)
