@@ -3,10 +3,11 @@
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from hsm_signer.errors import ConfigError
-from hsm_signer.jose import Signer, sign_compact
+from hsm_signer.jose import Signer, b64url, compact_json, json_b64url, signed
 
 MAX_LIFETIME = 1800  # seconds; ForgeRock AM refuses more: "JWT expiration time is unreasonable"
 MAX_CLOCK_OFFSET = 600  # seconds
@@ -53,12 +54,7 @@ class ClientAssertion:
 
     def header(self, signer: Signer) -> dict[str, str]:
         """JOSE header (RFC 7515 §4.1): ``alg``, ``typ`` and, where asked for, ``kid``."""
-        header = {"alg": signer.alg}
-        if self.typ:
-            header["typ"] = self.typ
-        if self.kid:
-            header["kid"] = signer.kid if self.kid is True else self.kid
-        return header
+        return _header(signer.alg, self.typ, self._kid(signer))
 
     def claims_at(self, now: int, jti: str) -> dict[str, str | int]:
         """Claims of RFC 7523 §3 in WIPO's order; ``now`` in Unix seconds of our clock."""
@@ -79,8 +75,34 @@ class ClientAssertion:
         ``now`` defaults to the clock, ``jti`` to 128 random bits.
         """
         now = int(time.time()) if now is None else now
-        jti = secrets.token_urlsafe(16) if jti is None else jti
-        return sign_compact(self.header(signer), self.claims_at(now, jti), signer)
+        jti = b64url(secrets.token_bytes(16)) if jti is None else jti
+        header = _encoded_header(signer.alg, self.typ, self._kid(signer))
+        return signed(f"{header}.{b64url(self._payload(now, jti).encode())}", signer)
+
+    def _kid(self, signer: Signer) -> str:
+        return signer.kid if self.kid is True else self.kid or ""
+
+    def _payload(self, now: int, jti: str) -> str:
+        """:meth:`claims_at` as JSON, without an encoder: that takes a seventh of an assertion's time."""
+        issued_at = now + self.clock_offset
+        ours = f'{self._identity},"exp":{issued_at + self.lifetime}'
+        if self.claims == "oidc":
+            return f'{ours},"iat":{issued_at},"jti":{compact_json(jti)}}}'
+        return ours + "}"
+
+    @cached_property
+    def _identity(self) -> str:
+        who = {"iss": self.client_id, "sub": self.client_id, "aud": self.audience}
+        return compact_json(who).removesuffix("}")
+
+
+def _header(alg: str, typ: str, kid: str) -> dict[str, str]:
+    return {"alg": alg} | ({"typ": typ} if typ else {}) | ({"kid": kid} if kid else {})
+
+
+@lru_cache(maxsize=16)
+def _encoded_header(alg: str, typ: str, kid: str) -> str:
+    return json_b64url(_header(alg, typ, kid))
 
 
 def _is_printable_ascii(value: object) -> bool:

@@ -5,13 +5,15 @@ RFC 7515 (JWS), RFC 7517 (JWK), RFC 7518 §3.4 and §6.2 (ES256, EC keys), RFC 7
 
 import hashlib
 import json
-from base64 import b64encode, urlsafe_b64encode
+from base64 import b64encode
+from binascii import b2a_base64
 from collections.abc import Mapping
 from typing import Protocol
 
 from hsm_signer.errors import ConfigError
 
-_compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
+compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 class Signer(Protocol):
@@ -35,17 +37,21 @@ class Signer(Protocol):
 
 def b64url(data: bytes) -> str:
     """Base64url without padding (RFC 7515 §2)."""
-    return urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+    return b2a_base64(data, newline=False).translate(_URL_SAFE).rstrip(b"=").decode("ascii")
 
 
 def json_b64url(value: Mapping[str, object]) -> str:
     """UTF-8 JSON without spaces, members in the order given, as base64url."""
-    return b64url(_compact_json(value).encode())
+    return b64url(compact_json(value).encode())
 
 
 def sign_compact(header: Mapping[str, object], claims: Mapping[str, object], signer: Signer) -> str:
     """JWS Compact Serialization of a JSON payload (RFC 7515 §3.1)."""
-    signing_input = f"{json_b64url(header)}.{json_b64url(claims)}"
+    return signed(f"{json_b64url(header)}.{json_b64url(claims)}", signer)
+
+
+def signed(signing_input: str, signer: Signer) -> str:
+    """``signing_input`` (RFC 7515 §2), a dot and its signature."""
     return f"{signing_input}.{b64url(signer.sign(signing_input.encode('ascii')))}"
 
 
@@ -66,4 +72,4 @@ def thumbprint(jwk: Mapping[str, str]) -> str:
     required = {name: jwk.get(name) for name in ("crv", "kty", "x", "y")}
     if required["kty"] != "EC" or not all(isinstance(each, str) and each for each in required.values()):
         raise ConfigError("a thumbprint is made of an EC JWK with kty, crv, x and y; this is none")
-    return b64url(hashlib.sha256(_compact_json(required).encode()).digest())
+    return b64url(hashlib.sha256(compact_json(required).encode()).digest())

@@ -3,16 +3,18 @@
 The only door to ``cryptography``, and public keys only. FIPS 186-4 §6.4 (ECDSA), SEC 1 §2.3.4 (points).
 """
 
+from hashlib import sha256
+
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from hsm_signer.ecdsa import integers_from_raw
 from hsm_signer.errors import KeyMismatchError, SignatureInvalidError
 
 _P256 = ec.SECP256R1()
-_ES256 = ec.ECDSA(SHA256())
+_ECDSA = ec.ECDSA(Prehashed(SHA256()))  # quicker than to have OpenSSL look up and set up its SHA-256 again
 
 
 class PublicKey:
@@ -34,6 +36,6 @@ class PublicKey:
         """
         r, s = integers_from_raw(signature)
         try:
-            self._key.verify(encode_dss_signature(r, s), data, _ES256)
+            self._key.verify(encode_dss_signature(r, s), sha256(data).digest(), _ECDSA)
         except InvalidSignature:
             raise SignatureInvalidError("the signature does not verify under the public key") from None

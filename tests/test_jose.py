@@ -4,6 +4,8 @@ import json
 from base64 import urlsafe_b64decode
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from software_signer import SoftwareSigner
 
 from hsm_signer import ClientAssertion
@@ -30,6 +32,8 @@ SEED_PAYLOAD = (
     "eyJpc3MiOiJkYXMtYXBpLWF1dGgiLCJzdWIiOiJkYXMtYXBpLWF1dGgiLCJhdWQiOiJodHRwczovL2xvZ2luZGV2LndpcG8uaW50"
     "OjQ0My9hbS9vYXV0aDIvYWNjZXNzX3Rva2VuIiwiZXhwIjoxNjIyNDUwNzI4fQ"
 )
+
+SIGNER = SoftwareSigner()
 
 
 def decoded(text: str) -> bytes:
@@ -153,3 +157,27 @@ def test_an_oidc_assertion_names_its_time_and_is_used_once() -> None:
     assert list(first) == ["iss", "sub", "aud", "exp", "iat", "jti"]
     assert (first["iat"], first["exp"]) == (1000, 1030)
     assert first["jti"] != second["jti"]
+
+
+PRINTABLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1)
+
+
+@given(
+    assertion=st.builds(
+        ClientAssertion,
+        PRINTABLE,
+        PRINTABLE,
+        claims=st.sampled_from(["minimal", "oidc"]),
+        typ=st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E)),
+        kid=st.booleans() | PRINTABLE,
+        clock_offset=st.integers(-600, 600),
+        lifetime=st.integers(1, 1800),
+    ),
+    now=st.integers(0, 2**33),
+    jti=st.text(),
+)
+def test_what_is_signed_is_the_header_and_the_claims_that_are_shown(
+    assertion: ClientAssertion, now: int, jti: str
+) -> None:
+    shown = f"{json_b64url(assertion.header(SIGNER))}.{json_b64url(assertion.claims_at(now, jti))}"
+    assert assertion.issue(SIGNER, now=now, jti=jti).rpartition(".")[0] == shown
