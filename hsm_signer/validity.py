@@ -72,10 +72,11 @@ def in_files(settings: "Settings") -> list[Watched]:
 
 
 def on_token(signer: "HsmSigner", key: str) -> list[Watched]:
-    """The certificates of the key on the token; ``key`` is its name."""
+    """The certificates of the key on the token, which no challenge has proved; ``key`` is its name."""
     from hsm_signer import x509
 
-    return [Watched(f"of {key} on the token", x509.read_certificate(der)) for der in signer.certificates()]
+    found = signer.certificates(proved=False)
+    return [Watched(f"of {key} on the token", x509.read_certificate(der)) for der in found]
 
 
 def watched(settings: "Settings", signer: "HsmSigner") -> list[Watched]:

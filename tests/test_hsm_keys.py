@@ -103,6 +103,12 @@ def test_a_key_takes_the_id_that_is_given_or_a_random_one(token: Token) -> None:
     assert token.signer("pkcs11:id=%01%02").kid == token.signer("with-id").kid
 
 
+def test_a_label_that_is_longer_than_what_one_call_reads_is_read_all_the_same(token: Token) -> None:
+    made = token.generate_key("long" * 75)
+    assert made == listed(token, "long" * 75)
+    assert token.signer("long" * 75).kid == made.thumbprint
+
+
 def test_a_label_or_id_that_is_taken_is_refused_and_what_was_there_stays(token: Token) -> None:
     first = token.generate_key("once", id=b"once")
     with pytest.raises(KeyAmbiguousError):

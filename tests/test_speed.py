@@ -65,13 +65,20 @@ def test_a_cold_fetch_imports_nothing_that_no_fetch_needs(scratch: Office) -> No
     assert found >= ONLY_A_MISS_NEEDS  # these names are still the names of what is there
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["", "stored"])
 @pytest.mark.parametrize(
     "settings", [{}, {"certificate": None, "key_thumbprint": None}], ids=["full", "plain"]
 )
 def test_a_cold_fetch_calls_the_module_at_most_42_times(
-    settings: dict[str, object], scratch: Office, faulty: FaultyModule
+    settings: dict[str, object], stored: bool, scratch: Office, faulty: FaultyModule
 ) -> None:
-    done = scratch.configure(module=faulty.path, **settings).run("fetch", "--no-cache")
+    if stored:
+        assert scratch.run("cert", "import", str(scratch.home / "es256_cert.pem")).status == 0
+    try:
+        done = scratch.configure(module=faulty.path, **settings).run("fetch", "--no-cache")
+    finally:
+        if stored:
+            scratch.token.pkcs11_tool("--delete-object", "--type", "cert", "--label", "das")
     assert (done.status, done.stderr) == (0, "")
     per_slot = {"C_GetSlotInfo", "C_GetTokenInfo"}  # the tests' SoftHSM has many tokens, an office's a few
     assert len([call for call in faulty.log() if call.function not in per_slot]) <= 42 - 2 * len(per_slot)

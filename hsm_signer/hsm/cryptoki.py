@@ -1,12 +1,14 @@
-"""PKCS#11 functions below python-pkcs11: initialisation for threads, sessions that it lost sight of, signatures.
+"""PKCS#11 functions below python-pkcs11: initialisation for threads, lost sessions, signatures, attributes.
 
 python-pkcs11 calls ``C_Initialize(NULL)``, which tells the module that there is one thread, and then runs
 every call without the GIL: threads crash it. Here a module is told the truth (``CKF_OS_LOCKING_OK``, PKCS#11
 v3.1 §5.4). And it makes three calls for a signature, since it asks for the length first; here there are two.
+An attribute costs it two calls, after two others to find out what the object can do; here there is one.
 """
 
 import ctypes
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pkcs11 import _pkcs11
@@ -18,13 +20,19 @@ _OK, _ALREADY_INITIALIZED = 0x0, 0x191
 # CKR_ARGUMENTS_BAD, CKR_NEED_TO_CREATE_THREADS, CKR_CANT_LOCK, CKR_FUNCTION_NOT_SUPPORTED
 _CANNOT_LOCK = frozenset({0x07, 0x09, 0x0A, 0x54})
 _OS_LOCKING_OK = 0x2
+# CKR_ATTRIBUTE_SENSITIVE, CKR_ATTRIBUTE_TYPE_INVALID: the other attributes are there all the same (§5.7.5)
+_READ = frozenset({_OK, 0x11, 0x12})
+_UNAVAILABLE = ctypes.c_ulong(-1).value  # CK_UNAVAILABLE_INFORMATION
 _USER_FUNCTIONS = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 
 _INITIALIZE, _FINALIZE, _CLOSE_SESSION, _GET_SESSION_INFO = 0, 1, 13, 15  # places in CK_FUNCTION_LIST
-_SIGN_INIT, _SIGN = 42, 43
+_GET_ATTRIBUTE_VALUE, _SIGN_INIT, _SIGN = 24, 42, 43
 _POINTER_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)
 _HANDLE_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)
 _SESSION_INFO_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)
+_GET_ATTRIBUTE_VALUE_CALL = ctypes.CFUNCTYPE(
+    ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong
+)
 _SIGN_INIT_CALL = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong)
 _SIGN_CALL = ctypes.CFUNCTYPE(
     ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p
@@ -66,6 +74,14 @@ class _Mechanism(ctypes.Structure):
     )
 
 
+class _Attribute(ctypes.Structure):
+    """``CK_ATTRIBUTE``."""
+
+    if os.name == "nt":
+        _pack_ = 1
+    _fields_ = (("type", ctypes.c_ulong), ("value", ctypes.c_void_p), ("length", ctypes.c_ulong))
+
+
 _ECDSA = _Mechanism(0x1041)  # CKM_ECDSA, which has no parameter
 
 
@@ -82,6 +98,7 @@ class Functions:
 
     def __init__(self, functions: _FunctionList) -> None:
         self._list = functions
+        self._get_attribute_value = _GET_ATTRIBUTE_VALUE_CALL(functions.functions[_GET_ATTRIBUTE_VALUE])
         self._sign_init = _SIGN_INIT_CALL(functions.functions[_SIGN_INIT])
         self._sign = _SIGN_CALL(functions.functions[_SIGN])
 
@@ -99,6 +116,24 @@ class Functions:
         info = _SessionInfo()
         call = _SESSION_INFO_CALL(self._list.functions[_GET_SESSION_INFO])
         return call(handle, ctypes.addressof(info)) == _OK and info.state in _USER_FUNCTIONS
+
+    def read(self, session: int, number: int, asked: Sequence[int], room: int) -> dict[int, bytes] | None:
+        """``C_GetAttributeValue``, once: what the object has of the attributes, each shorter than ``room`` bytes.
+
+        ``None`` where it takes more than that: a value is longer, or the module does not answer by the rules.
+        Where another attribute is missing, one that is too long may be left out.
+        """
+        values = ctypes.create_string_buffer(room * len(asked))
+        places = range(ctypes.addressof(values), ctypes.addressof(values) + len(values), room)
+        attributes = [_Attribute(each, place, room) for each, place in zip(asked, places, strict=True)]
+        template = (_Attribute * len(asked))(*attributes)
+        answer = self._get_attribute_value(session, number, template, len(asked))
+        there = [(each, at) for at, each in enumerate(template) if each.length != _UNAVAILABLE]
+        if answer not in _READ or any(
+            each.length >= room for each, _ in there
+        ):  # a length left as it was too
+            return None
+        return {each.type: values.raw[at * room :][: each.length] for each, at in there}
 
     def sign_ecdsa(self, session: int, key: int, digest: bytes) -> bytes:
         """``C_SignInit`` and ``C_Sign`` with ``CKM_ECDSA``: what the token answers, by handles."""

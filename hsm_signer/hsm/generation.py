@@ -76,14 +76,14 @@ def generate(login: Login, label: str, key_id: bytes | None) -> KeyInfo:
         raise ConfigError("the CKA_ID of a key is bytes, at least one")
     chosen = secrets.token_bytes(16) if key_id is None else key_id
     with login.writable() as session:
-        _require_free(session, Uri(object=label))
-        _require_free(session, Uri(id=chosen))
+        _require_free(session, Uri(object=label), login)
+        _require_free(session, Uri(id=chosen), login)
         try:
             _generate_pair(session, label, chosen)
             key = keys.find_key(session, Uri(object=label, id=chosen), login)
             _judge(key)
             point = keys.require_proof(login, key)
-            if len(keys.find_keys(session, Uri(object=label))) > 1:  # another process was as fast
+            if len(keys.find_keys(session, Uri(object=label), login)) > 1:  # another process was as fast
                 raise _taken(Uri(object=label))
         except (HsmSignerError, *FOREIGN):
             _destroy(login, label, chosen)
@@ -92,8 +92,8 @@ def generate(login: Login, label: str, key_id: bytes | None) -> KeyInfo:
     return key.info(point)
 
 
-def _require_free(session: Any, uri: Uri) -> None:  # noqa: ANN401
-    if keys.find_keys(session, uri):
+def _require_free(session: Any, uri: Uri, login: Login) -> None:  # noqa: ANN401
+    if keys.find_keys(session, uri, login):
         raise _taken(uri)
 
 

@@ -36,7 +36,8 @@ from hsm_signer.errors import (
     SigningKeyError,
 )
 from hsm_signer.hsm.codes import code_of
-from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.cryptoki import Functions
+from hsm_signer.hsm.login import MAPPER, Login
 from hsm_signer.hsm.sessions import Lane
 from hsm_signer.hsm.uri import Uri
 from hsm_signer.jose import thumbprint
@@ -57,6 +58,9 @@ FLAGS = {
     "derive": Attribute.DERIVE,
 }
 _ASKED = (Attribute.LABEL, Attribute.ID, Attribute.EC_PARAMS, Attribute.EC_POINT, *FLAGS.values())
+_OF_ANY_LENGTH = {Attribute.LABEL, Attribute.ID, Attribute.EC_PARAMS}
+_ROOM = 256  # bytes for each of these in one call; what is longer takes more calls
+_LONG_ROOM = 8192  # for a certificate
 _NOT_THERE = (AttributeTypeInvalid, AttributeSensitive, FunctionFailed, GeneralError)
 P256 = bytes.fromhex("06082a8648ce3d030107")  # secp256r1, RFC 5480 §2.1.1.1
 _CURVES = {
@@ -120,6 +124,7 @@ class FoundKey:
     handle: Any
     number: int
     session_number: int
+    direct: Functions | None
     label: str
     id: bytes
     curve: str
@@ -140,9 +145,13 @@ class FoundKey:
         return KeyInfo(self.label, self.id, self.curve, proved, self.flags, certificate)
 
 
-def search(session: Any, template: dict[Attribute, object]) -> list[Any]:  # noqa: ANN401
+def search(
+    session: Any,  # noqa: ANN401
+    template: dict[Attribute, object],
+    how: Any = _pkcs11.SearchIter,  # type: ignore[attr-defined]  # noqa: ANN401
+) -> list[Any]:
     """All objects that match, in one search that is always finished (``C_FindObjects``)."""
-    operation: Any = _pkcs11.SearchIter(session, template, 16)  # type: ignore[attr-defined]
+    operation = how(session, template, 16)
     try:
         operation.__enter__()
         return [found for batch in operation for found in batch]
@@ -151,7 +160,26 @@ def search(session: Any, template: dict[Attribute, object]) -> list[Any]:  # noq
             operation._finalize()
 
 
-def find_keys(session: Any, uri: Uri) -> list[FoundKey]:  # noqa: ANN401
+class _Numbers(_pkcs11.SearchIter):  # type: ignore[misc, name-defined]
+    """A search that asks nothing about what it finds."""
+
+    def _batch_iter(self, results: Any, count: int) -> list[int]:  # noqa: ANN401
+        return list(results[:count])
+
+
+def values(key: FoundKey, template: dict[Attribute, object], attribute: Attribute) -> list[bytes]:
+    """The attribute of each object that matches and has it: public keys and certificates, which are many."""
+    session = key.handle.session
+    if key.direct is not None:
+        numbers = search(session, template, _Numbers)
+        read_once = [key.direct.read(session.handle, each, [attribute], _LONG_ROOM) for each in numbers]
+        if None not in read_once:
+            return [value for found in read_once if found and (value := found.get(attribute))]
+    handles = search(session, template)
+    return [value for handle in handles if (value := read(handle, [attribute]).get(attribute))]
+
+
+def find_keys(session: Any, uri: Uri, login: Login) -> list[FoundKey]:  # noqa: ANN401
     """The private EC keys that match a URI's key attributes."""
     template: dict[Attribute, object] = {
         Attribute.CLASS: ObjectClass.PRIVATE_KEY,
@@ -161,12 +189,12 @@ def find_keys(session: Any, uri: Uri) -> list[FoundKey]:  # noqa: ANN401
         template[Attribute.LABEL] = uri.object
     if uri.id is not None:
         template[Attribute.ID] = uri.id
-    return [_described(handle) for handle in search(session, template)]
+    return [_described(handle, login.module.direct) for handle in search(session, template)]
 
 
 def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:  # noqa: ANN401
     """The one private EC key that matches, or an error that lists the candidates."""
-    found = find_keys(session, uri)
+    found = find_keys(session, uri, login)
     if len(found) == 1:
         return found[0]
     where = f"on token {login.info.label!r}"
@@ -176,7 +204,7 @@ def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:  # noqa: ANN401
             candidates=[key.name for key in found],
             hint="add id= to the key's URI",
         )
-    others = [key.name for key in find_keys(session, Uri())]
+    others = [key.name for key in find_keys(session, Uri(), login)]
     hint = "hsm-token key list shows what is there" if login.authenticated else None
     if not login.authenticated and "LOGIN_REQUIRED" in login.info.flags:
         hint = "private keys are invisible before login, and no PIN was given"
@@ -190,14 +218,15 @@ def find_in(lane: Lane, uri: Uri) -> FoundKey:
     return found
 
 
-def _described(handle: Any) -> FoundKey:  # noqa: ANN401
-    found = read(handle, _ASKED)
+def _described(handle: Any, direct: Functions | None) -> FoundKey:  # noqa: ANN401
+    found = _read_at_once(handle, direct) or read(handle, _ASKED)
     curve = _curve(found.get(Attribute.EC_PARAMS))
     point = found.get(Attribute.EC_POINT)
     return FoundKey(
         handle=SigningKey(handle.wrapper),
         number=handle.handle,
         session_number=handle.session.handle,
+        direct=direct,
         label=found.get(Attribute.LABEL, ""),
         id=found.get(Attribute.ID, b""),
         curve=curve,
@@ -205,6 +234,13 @@ def _described(handle: Any) -> FoundKey:  # noqa: ANN401
         always_authenticate=bool(found.get(Attribute.ALWAYS_AUTHENTICATE)),
         flags={name: found[one] for name, one in FLAGS.items() if found.get(one) is not None},
     )
+
+
+def _read_at_once(handle: Any, direct: Functions | None) -> dict[Attribute, Any] | None:  # noqa: ANN401
+    found = direct and direct.read(handle.session.handle, handle.handle, _ASKED, _ROOM)
+    if not found or not found.keys() >= _OF_ANY_LENGTH:  # of several errors a module names one
+        return None
+    return {each: MAPPER.unpack_attributes(each, found[each]) for each in _ASKED if each in found}
 
 
 def read(handle: Any, attributes: Iterable[Attribute]) -> dict[Attribute, Any]:  # noqa: ANN401
@@ -247,9 +283,8 @@ def public_points(key: FoundKey) -> list[bytes]:
     if key.point is not None:
         return [key.point]
     template = beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
-    found = search(key.handle.session, template)
-    values = [read(handle, [Attribute.EC_POINT]).get(Attribute.EC_POINT) for handle in found]
-    points = [point for value in values if value and (point := point_of_attribute(value))]
+    found = values(key, template, Attribute.EC_POINT)
+    points = [point for value in found if (point := point_of_attribute(value))]
     if not points:
         points = [point for _, point in certificates_beside(key) if point]
     return list(dict.fromkeys(points))
@@ -257,9 +292,8 @@ def public_points(key: FoundKey) -> list[bytes]:
 
 def certificates_beside(key: FoundKey) -> list[tuple[bytes, bytes | None]]:
     """DER and point of the certificates with the key's CKA_ID; no point if it is not of P-256."""
-    found = search(key.handle.session, beside(key, ObjectClass.CERTIFICATE))
-    values = [read(handle, [Attribute.VALUE]).get(Attribute.VALUE) for handle in found]
-    return [(value, point_of_certificate(value)) for value in values if value]
+    found = values(key, beside(key, ObjectClass.CERTIFICATE), Attribute.VALUE)
+    return [(value, point_of_certificate(value)) for value in found]
 
 
 def point_of_certificate(der: bytes) -> bytes | None:

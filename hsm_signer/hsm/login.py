@@ -53,7 +53,7 @@ def _attribute_mapper() -> AttributeMapper:
     return mapper
 
 
-_MAPPER = _attribute_mapper()
+MAPPER = _attribute_mapper()
 
 
 class Login:
@@ -150,7 +150,7 @@ class Login:
     @contextmanager
     def writable(self) -> Iterator[Any]:
         """A read-write session beside the others, closed without logging out."""
-        session = self.token.open(rw=True, attribute_mapper=_MAPPER)
+        session = self.token.open(rw=True, attribute_mapper=MAPPER)
         try:
             yield session
         finally:
@@ -241,10 +241,10 @@ class Login:
 
     def _open(self, token: Any) -> Any:  # noqa: ANN401
         try:
-            return token.open(rw=self._writable, attribute_mapper=_MAPPER)
+            return token.open(rw=self._writable, attribute_mapper=MAPPER)
         except (ArgumentsBad, FunctionFailed, FunctionNotSupported, FunctionRejected, SessionReadOnly):
             # some modules have read-write sessions only
-            session = token.open(rw=True, attribute_mapper=_MAPPER)
+            session = token.open(rw=True, attribute_mapper=MAPPER)
             self._writable = True
             return session
 
@@ -270,7 +270,7 @@ class Login:
         return token.open(
             rw=self._writable,
             user_pin=text.text if isinstance(text, Secret) else PROTECTED_AUTH,
-            attribute_mapper=_MAPPER,
+            attribute_mapper=MAPPER,
         )
 
     def _refused(self, exc: BaseException, text: Secret | PinPad) -> Exception:

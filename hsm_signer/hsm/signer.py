@@ -80,10 +80,16 @@ class HsmSigner:
         """The public half as SubjectPublicKeyInfo (RFC 7468 §13)."""
         return ecdsa.pem("PUBLIC KEY", ecdsa.spki_from_point(self._own_point()))
 
-    def certificates(self) -> list[bytes]:
-        """The certificates on the token, in DER, that hold the public half."""
+    def certificates(self, *, proved: bool = True) -> list[bytes]:
+        """The certificates on the token, in DER, that hold the public half.
+
+        ``proved=False`` spares the challenge, for who looks at their dates and hands out nothing of them.
+        """
         found = self._sessions.run(lambda lane: keys.certificates_beside(self._key(lane)), self._what)
-        return [der for der, point in found if point == self._own_point()]
+        own = [der for der, point in found if point == self._point]
+        if own and proved:
+            self._own_point()
+        return own
 
     def _not_by_this_key(self) -> SignatureInvalidError:
         return SignatureInvalidError(

@@ -121,7 +121,7 @@ class Token:
     def keys(self) -> list[KeyInfo]:
         """The private EC keys, each with the public half under which a challenge verified."""
         return self._sessions.run(
-            lambda lane: [described(self._login, key) for key in find_keys(lane.session, Uri())],
+            lambda lane: [described(self._login, key) for key in find_keys(lane.session, Uri(), self._login)],
             self._cannot("list the keys"),
         )
 
