@@ -57,6 +57,9 @@ _AUTH_METHOD: str = JWTBearerClientAssertion.CLIENT_AUTH_METHOD
 _CERTIFICATE = re.compile(rb"\s*-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----\s*")
 
 _log = logging.getLogger(__name__)
+logging.getLogger(ClientCredentialsGrant.__module__).setLevel(
+    logging.INFO
+)  # at DEBUG it logs the access token
 
 
 def registered_key(certificate: Path) -> ECKey:

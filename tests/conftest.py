@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import leaks
 import office as offices
 import pytest
 import trustme
@@ -91,8 +92,7 @@ def new_token(softhsm_module: str, softhsm_conf: str) -> Callable[..., SoftToken
 
     def make(label: str | None = None) -> SoftToken:
         label = label or f"token-{secrets.token_hex(4)}"
-        pin, so_pin = f"{secrets.randbelow(10**8):08}", secrets.token_hex(8)
-        token = SoftToken(softhsm_module, softhsm_conf, label, pin, so_pin)
+        token = SoftToken(softhsm_module, softhsm_conf, label, leaks.pin(), leaks.pin())
         environment = os.environ | {"TEST_PIN": token.pin, "TEST_SO_PIN": token.so_pin}
         tool = ["pkcs11-tool", "--module", softhsm_module, "--so-pin", "env:TEST_SO_PIN"]
         listing = subprocess.check_output(["softhsm2-util", "--show-slots"], env=environment, text=True)
@@ -128,8 +128,9 @@ def faulty(
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Iterator[None]:
-    return _fail_skips((yield))
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = _fail_skips((yield))
+    return leaks.judged(report) if call.when == "teardown" else report
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,6 +8,7 @@ import time
 import tomllib
 from base64 import urlsafe_b64decode
 
+import leaks
 import office as offices
 import pytest
 from cryptography import x509
@@ -253,7 +254,7 @@ def test_bad_input_gets_one_error_line_and_its_exit_status(scratch, new_token, t
 
 def test_a_wrong_pin_is_one_try_and_then_none(new_token, tmp_path):
     wrong = offices.found(tmp_path, new_token(), **{"token-endpoint": "http://127.0.0.1:1/token"})
-    (tmp_path / "pin").write_text("00000000")
+    (tmp_path / "pin").write_text(leaks.pin())
     first, second = wrong.run("key", "list"), wrong.run("key", "list")
     assert (first.status, second.status) == (4, 4)
     assert "CKR_PIN_INCORRECT" in first.stderr

@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import leaks
 import office as offices
 from conftest import SoftToken
 from faults import FaultyModule
@@ -30,7 +31,7 @@ def test_fifty_processes_of_mixed_commands_spend_one_try(
     office = offices.found(
         tmp_path, token, **{"module": faulty.path, "token-endpoint": "http://127.0.0.1:1/token"}
     )
-    (tmp_path / "pin").write_text("00000000" if token.pin != "00000000" else "11111111")
+    (tmp_path / "pin").write_text(leaks.pin())
     environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
     running = [
         subprocess.Popen(

@@ -190,7 +190,12 @@ def test_differences_are_told_character_by_character(ours, theirs, told):
 
 
 def test_a_narrower_scope_that_the_profile_allows_is_a_warning(tls_office, tmp_path, ca):
-    grant = {"access_token": "opaque", "token_type": "Bearer", "expires_in": 60, "scope": "das-api/read"}
+    grant = {
+        "access_token": "access-token-opaque",
+        "token_type": "Bearer",
+        "expires_in": 60,
+        "scope": "das-api/read",
+    }
     with Endpoint(ca, Reply(body=grant)) as endpoint:
         office = tls_office.copy(tmp_path).configure(
             token_endpoint=endpoint.url,

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import leaks
 import pytest
 import trustme
 from endpoint import Endpoint, Reply, Seen, raw_server
@@ -253,7 +254,7 @@ def the_pin_file_is_gone(scene: Scene) -> None:
 
 @broken("PIN source", 4, "several lines")
 def the_pin_file_has_two_lines(scene: Scene) -> None:
-    (scene.office.home / "pin").write_text("12345678\n87654321\n")
+    (scene.office.home / "pin").write_text(f"{leaks.pin()}\n{leaks.pin()}\n")
 
 
 @broken("PIN source", 4, "empty PIN")
@@ -539,7 +540,12 @@ def a_web_page_answers_in_the_place_of_the_server(scene: Scene) -> None:
 
 @broken("scope", 6, "missing: das-api/das-access", login=True)
 def the_server_grants_less(scene: Scene) -> None:
-    grant = {"access_token": "opaque", "token_type": "Bearer", "expires_in": 60, "scope": "das-api/read"}
+    grant = {
+        "access_token": "access-token-opaque",
+        "token_type": "Bearer",
+        "expires_in": 60,
+        "scope": "das-api/read",
+    }
     scene.serve(Reply(body=grant))
 
 

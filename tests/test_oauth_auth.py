@@ -24,7 +24,7 @@ REFUSED = Reply(401, b"no", INVALID)
 
 @pytest.fixture
 def tokens(endpoint: Endpoint, ca_bundle: str) -> TokenClient:
-    """Gets token-1, token-2, … from ``endpoint``."""
+    """Gets access-token-1, access-token-2, … from ``endpoint``."""
     endpoint.answer = granting(endpoint)
     assertion = ClientAssertion("das-api-auth", endpoint.url)
     return TokenClient(
@@ -39,7 +39,7 @@ def tokens(endpoint: Endpoint, ca_bundle: str) -> TokenClient:
 
 def granting(endpoint: Endpoint, lifetime: int = 3600) -> Callable[[Seen], Reply]:
     def grant(_: Seen) -> Reply:
-        token = f"token-{len(endpoint.seen)}"
+        token = f"access-token-{len(endpoint.seen)}"
         return Reply(body={"access_token": token, "token_type": "Bearer", "expires_in": lifetime})
 
     return grant
@@ -76,7 +76,7 @@ def test_requests_to_the_origin_share_one_access_token(
 ) -> None:
     for path in ("/", "/a/b?c=d", "/upload%20x"):
         assert session.post(api.origin + path, data={"x": "y"}).text == "fine"
-    assert bearers(api) == ["Bearer token-1"] * 3
+    assert bearers(api) == ["Bearer access-token-1"] * 3
     assert len(endpoint.seen) == 1
 
 
@@ -120,7 +120,7 @@ def test_every_spelling_of_an_origin_that_requests_makes_gets_the_access_token(
     url: str, tokens: TokenClient
 ) -> None:
     prepared = requests.Request("GET", url).prepare().url
-    assert header_for(BearerAuth(tokens, origins=ORIGINS), prepared) == "Bearer token-1"
+    assert header_for(BearerAuth(tokens, origins=ORIGINS), prepared) == "Bearer access-token-1"
 
 
 @pytest.mark.parametrize(
@@ -180,15 +180,15 @@ def test_an_origin_that_is_none_is_a_configuration_error(
 def test_an_access_token_that_the_api_refuses_is_replaced_once_and_the_request_repeated(
     body: object, session: requests.Session, api: Endpoint, endpoint: Endpoint
 ) -> None:
-    api.answer = takes("token-2")
+    api.answer = takes("access-token-2")
     response = session.post(f"{api.origin}/x?y", data=body)
     assert response.text == "fine"
     assert [r.status_code for r in response.history] == [401]
-    assert bearers(api) == ["Bearer token-1", "Bearer token-2"]
+    assert bearers(api) == ["Bearer access-token-1", "Bearer access-token-2"]
     first, second = api.seen
     assert (first.method, first.path, first.body) == (second.method, second.path, second.body)
     session.get(api.origin)
-    assert bearers(api)[2:] == ["Bearer token-2"]
+    assert bearers(api)[2:] == ["Bearer access-token-2"]
     assert len(endpoint.seen) == 2
 
 
@@ -244,7 +244,7 @@ def test_a_file_is_sent_again_from_where_it_began(
     session: requests.Session, api: Endpoint, tmp_path: Path
 ) -> None:
     (tmp_path / "upload").write_bytes(b"skipped" + b"content")
-    api.answer = takes("token-2")
+    api.answer = takes("access-token-2")
     with (tmp_path / "upload").open("rb") as file:
         file.seek(7)
         assert session.post(api.origin, data=file).text == "fine"
@@ -268,18 +268,18 @@ class Pipe:
 def test_a_stream_that_is_gone_is_not_sent_again_but_the_next_request_works(
     session: requests.Session, api: Endpoint
 ) -> None:
-    api.answer = takes("token-2")
+    api.answer = takes("access-token-2")
     assert session.post(api.origin, data=Pipe(b"content")).status_code == 401
     assert [seen.body for seen in api.seen] == [b"content"]
     assert session.post(api.origin, data=Pipe(b"content")).text == "fine"
-    assert bearers(api) == ["Bearer token-1", "Bearer token-2"]
+    assert bearers(api) == ["Bearer access-token-1", "Bearer access-token-2"]
 
 
 def test_threads_whose_access_token_was_refused_fetch_one(
     session: requests.Session, api: Endpoint, endpoint: Endpoint, tokens: TokenClient
 ) -> None:
     tokens.fetch()
-    api.answer = takes("token-2")
+    api.answer = takes("access-token-2")
     results: list[str] = []
 
     def work() -> None:
@@ -306,7 +306,7 @@ def test_a_redirect_to_another_host_takes_nothing_there_and_triggers_nothing(
         response = session.post(api.origin, data=b"x")
         assert response.status_code == 401
         assert bearers(other) == [None]
-    assert bearers(api) == ["Bearer token-1"]
+    assert bearers(api) == ["Bearer access-token-1"]
     assert len(endpoint.seen) == 1
 
 
@@ -321,7 +321,9 @@ def test_a_session_that_carries_authorization_along_makes_us_fetch_nothing_for_t
     with Endpoint(ca, REFUSED) as other:
         api.answer = redirect(f"{other.origin}/steal")
         assert session.get(api.origin).status_code == 401
-        assert bearers(other) == ["Bearer token-1"]  # that was the session's doing, and it stays with one
+        assert bearers(other) == [
+            "Bearer access-token-1"
+        ]  # that was the session's doing, and it stays with one
     assert len(endpoint.seen) == 1
 
 
@@ -331,7 +333,7 @@ def test_a_redirect_back_from_another_host_gets_nothing_either(
     with Endpoint(ca, Reply(302, b"", {"Location": f"{api.origin}/delete"})) as other:
         api.answer = lambda seen: REFUSED if seen.path == "/delete" else redirect(f"{other.origin}/")
         assert session.get(f"{api.origin}/start").status_code == 401
-    assert bearers(api) == ["Bearer token-1", None]
+    assert bearers(api) == ["Bearer access-token-1", None]
     assert len(endpoint.seen) == 1
 
 
@@ -342,9 +344,9 @@ def redirect(location: str) -> Reply:
 def test_a_redirect_within_the_origin_keeps_the_access_token(
     session: requests.Session, api: Endpoint, endpoint: Endpoint
 ) -> None:
-    api.answer = lambda seen: redirect("/b") if seen.path == "/a" else takes("token-2")(seen)
+    api.answer = lambda seen: redirect("/b") if seen.path == "/a" else takes("access-token-2")(seen)
     assert session.get(f"{api.origin}/a").text == "fine"
-    assert bearers(api) == ["Bearer token-1", "Bearer token-1", "Bearer token-2"]
+    assert bearers(api) == ["Bearer access-token-1", "Bearer access-token-1", "Bearer access-token-2"]
     assert len(endpoint.seen) == 2
 
 
@@ -378,7 +380,7 @@ def test_it_is_replaced_a_minute_or_a_quarter_of_its_life_ahead(
     session.get(api.origin)
     later(at + 1)
     session.get(api.origin)
-    assert bearers(api) == ["Bearer token-1", "Bearer token-1", "Bearer token-2"]
+    assert bearers(api) == ["Bearer access-token-1", "Bearer access-token-1", "Bearer access-token-2"]
 
 
 def test_the_other_threads_go_on_with_the_live_one_meanwhile(
@@ -398,11 +400,11 @@ def test_the_other_threads_go_on_with_the_live_one_meanwhile(
     thread.start()
     assert asked.wait(20)
     session.get(api.origin)
-    assert bearers(api) == ["Bearer token-1", "Bearer token-1"]
+    assert bearers(api) == ["Bearer access-token-1", "Bearer access-token-1"]
     go_on.set()
     thread.join()
     session.get(api.origin)
-    assert bearers(api)[2:] == ["Bearer token-2", "Bearer token-2"]
+    assert bearers(api)[2:] == ["Bearer access-token-2", "Bearer access-token-2"]
     assert len(endpoint.seen) == 2
 
 
@@ -425,7 +427,7 @@ def test_one_that_cannot_be_replaced_yet_is_used_to_its_end(
     later(3596)
     with pytest.raises(OAuthError, match="403"):
         session.get(api.origin)
-    assert bearers(api) == ["Bearer token-1"] * 5
+    assert bearers(api) == ["Bearer access-token-1"] * 5
 
 
 def test_an_endpoint_that_is_away_is_an_error_of_ours(

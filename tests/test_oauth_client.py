@@ -233,12 +233,12 @@ def test_one_of_many_threads_asks(endpoint: Endpoint, client: Callable[..., Toke
 def test_one_of_many_threads_replaces_an_access_token_that_was_refused(
     endpoint: Endpoint, client: Callable[..., TokenClient]
 ) -> None:
-    endpoint.answer = lambda _: Reply(body=GRANT | {"access_token": f"token-{len(endpoint.seen)}"})
+    endpoint.answer = lambda _: Reply(body=GRANT | {"access_token": f"access-token-{len(endpoint.seen)}"})
     tokens = client()
     refused = tokens.fetch().access_token
     responses = in_threads(8, lambda: tokens.replace(refused).access_token)
-    assert responses == ["token-2"] * 8
-    assert tokens.fetch().access_token == "token-2"
+    assert responses == ["access-token-2"] * 8
+    assert tokens.fetch().access_token == "access-token-2"
     assert len(endpoint.seen) == 2
 
 
@@ -282,11 +282,13 @@ def test_a_cached_access_token_needs_no_signer(
 def test_an_access_token_that_was_refused_is_not_taken_from_the_cache(
     endpoint: Endpoint, client: Callable[..., TokenClient], tmp_path: Path
 ) -> None:
-    endpoint.answer = lambda _: Reply(body=GRANT | {"access_token": f"token-{len(endpoint.seen)}"})
+    endpoint.answer = lambda _: Reply(body=GRANT | {"access_token": f"access-token-{len(endpoint.seen)}"})
     first, second = (client(cache=cache_in(tmp_path / "c")) for _ in range(2))
-    assert first.fetch().access_token == second.fetch().access_token == "token-1"
-    assert first.replace("token-1").access_token == "token-2"
-    assert second.replace("token-1").access_token == "token-2"  # which the first one has fetched
+    assert first.fetch().access_token == second.fetch().access_token == "access-token-1"
+    assert first.replace("access-token-1").access_token == "access-token-2"
+    assert (
+        second.replace("access-token-1").access_token == "access-token-2"
+    )  # which the first one has fetched
     assert len(endpoint.seen) == 2
 
 
@@ -362,17 +364,18 @@ scope = "das-api/das-access"
 cache = TokenCache(Path(directory), {"endpoint": "e", "client_id": "das-api-auth", "scope": scope})
 assertion = ClientAssertion("das-api-auth", url)
 client = TokenClient(url, assertion=assertion, signer=None, scope=scope, cache=cache, ca_bundle=bundle)
-print(client.fetch().access_token)
+print(client.fetch().access_token == sys.stdin.read())
 heavy = "requests urllib3 ssl socket pkcs11 cryptography asn1crypto filelock email http platformdirs"
 print(*(set(heavy.split()) & set(sys.modules)))
 """
-    assert run(program, endpoint.url, ca_bundle, str(tmp_path / "c")) == [GRANT["access_token"], ""]
+    answer = run(program, endpoint.url, ca_bundle, str(tmp_path / "c"), typed=str(GRANT["access_token"]))
+    assert answer == ["True", ""]
     assert len(endpoint.seen) == 1
 
 
-def run(program: str, *arguments: str) -> list[str]:
+def run(program: str, *arguments: str, typed: str = "") -> list[str]:
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN)
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=WITHIN)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -31,7 +31,11 @@ def ask(
 
     def grant(_: Seen) -> Reply:
         return Reply(
-            body={"access_token": f"token-{len(endpoint.seen)}", "token_type": "Bearer", "expires_in": 99}
+            body={
+                "access_token": f"access-token-{len(endpoint.seen)}",
+                "token_type": "Bearer",
+                "expires_in": 99,
+            }
         )
 
     endpoint.answer = grant
@@ -79,7 +83,7 @@ def test_the_origin_gets_the_access_token_and_another_host_does_not(
         assert bearers(other) == [None]
     assert endpoint.seen == []
     assert ask("GET", api.origin).text == ask("POST", f"{api.origin}/x", content=b"y").text == "fine"
-    assert bearers(api) == ["Bearer token-1"] * 2
+    assert bearers(api) == ["Bearer access-token-1"] * 2
 
 
 @both
@@ -88,7 +92,7 @@ def test_an_access_token_that_is_refused_is_replaced_once(
 ) -> None:
     api.answer = REFUSED
     assert ask("POST", api.origin, content=b"y").status_code == 401
-    assert bearers(api) == ["Bearer token-1", "Bearer token-2"]
+    assert bearers(api) == ["Bearer access-token-1", "Bearer access-token-2"]
     assert [seen.body for seen in api.seen] == [b"y", b"y"]
     assert len(endpoint.seen) == 2
 
@@ -102,7 +106,7 @@ def test_a_redirect_to_another_host_takes_and_triggers_nothing(
         api.answer = Reply(status, b"", {"Location": other.origin})
         assert ask("POST", api.origin, content=b"y").status_code == 401
         assert bearers(other) == [None]
-    assert bearers(api) == ["Bearer token-1"]
+    assert bearers(api) == ["Bearer access-token-1"]
     assert len(endpoint.seen) == 1
 
 

@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import leaks
 import pytest
 from conftest import SoftToken
 from faults import FaultyModule
 
 from hsm_signer import files
 
+WRONG = leaks.pin()
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
@@ -90,7 +92,7 @@ class Office:
 
     def mistype(self) -> None:
         """Somebody put a wrong PIN into the file."""
-        files.replace(self.pin_file, b"wrong-pin")
+        files.replace(self.pin_file, WRONG.encode())
 
     def markers(self) -> list[Path]:
         return list(self.state.glob("*.marker"))
@@ -277,7 +279,7 @@ def test_no_pin_is_in_what_is_left_on_the_disk(office: Office) -> None:
     left = [path for path in office.state.rglob("*") if path.is_file()]
     assert len(left) == 2  # marker and lock
     for path in left:
-        assert b"wrong-pin" not in path.read_bytes() + os.fsencode(path)
+        assert WRONG.encode() not in path.read_bytes() + os.fsencode(path)
 
 
 SHARED = """
@@ -288,7 +290,7 @@ from hsm_signer.errors import HsmSignerError
 
 uri, label, module = sys.argv[1:]
 theirs = pkcs11.lib(os.path.realpath(module)).get_token(token_label=label).open(user_pin=os.environ["TEST_PIN"])
-with open_token(uri, module=module, pin="wrong-pin") as token:
+with open_token(uri, module=module, pin=os.environ["WRONG"]) as token:
     token.signer("each")  # keeps the PIN for its signatures
     signer = token.signer("ours")
     theirs.close()  # and logs everybody out
@@ -303,6 +305,7 @@ with open_token(uri, module=module, pin="wrong-pin") as token:
 def test_a_pin_that_no_login_has_proved_is_not_sent_to_bring_a_login_back(office: Office) -> None:
     token, module = office.token, office.module
     command = [sys.executable, "-c", SHARED, token.uri, token.label, module.path]
-    done = subprocess.run(command, env=os.environ | {"TEST_PIN": token.pin}, capture_output=True, text=True)
+    environment = os.environ | {"TEST_PIN": token.pin, "WRONG": WRONG}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "KeyNotFoundError\n"), done.stderr
     assert office.logins() == 1  # theirs

@@ -267,12 +267,9 @@ def test_an_assertion_is_never_logged(office: Office, caplog: pytest.LogCaptureF
     access_token = office.post(office.assertion()).json()["access_token"]
     refused = office.assertion(aud="x")
     office.post(refused)
-    logged = "\n".join(
-        record.getMessage() for record in caplog.records if record.name.startswith("hsm_signer")
-    )
-    assert "POST /am/oauth2/access_token" in logged
+    assert "POST /am/oauth2/access_token" in caplog.text
     for secret in (access_token, refused):
-        assert secret.split(".")[2] not in logged
+        assert secret.split(".")[2] not in caplog.text
 
 
 def test_many_requests_are_answered_at_once(office: Office) -> None:

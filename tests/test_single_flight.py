@@ -81,10 +81,13 @@ def test_another_scope_is_another_access_token(scratch: Office) -> None:
 def test_an_access_token_of_fewer_scopes_is_no_answer_for_who_wants_them_all(
     scratch: Office, counting: Endpoint
 ) -> None:
-    body = {"access_token": "narrow", "token_type": "Bearer", "expires_in": 3599, "scope": "a"}
+    body = {"access_token": "access-token-narrow", "token_type": "Bearer", "expires_in": 3599, "scope": "a"}
     counting.answer = Reply(body=body)
     settings = {"token_endpoint": counting.url, "cache": str(scratch.home / "cache"), "scope": "a b"}
-    assert scratch.configure(**settings, allow_narrower_scope=True).run("fetch").stdout == "narrow\n"
+    assert (
+        scratch.configure(**settings, allow_narrower_scope=True).run("fetch").stdout
+        == "access-token-narrow\n"
+    )
     done = scratch.configure(**settings).run("fetch")
     assert (done.status, done.stdout) == (6, "")
 

@@ -13,7 +13,7 @@ from typing import Self
 Behaviour = Callable[["Connection"], bool | None]
 """Answers one request; whether the connection may serve another."""
 
-OK = {"access_token": "granted", "token_type": "Bearer", "expires_in": 300}
+OK = {"access_token": "access-token-granted", "token_type": "Bearer", "expires_in": 300}
 
 
 class Connection:
@@ -213,5 +213,5 @@ def endless_chunks(connection: Connection) -> None:
 
 
 duplicate_keys = respond(
-    body=b'{"access_token":"granted","access_token":"other","token_type":"Bearer","expires_in":300}'
+    body=b'{"access_token":"access-token-1","access_token":"access-token-2","token_type":"Bearer","expires_in":300}'
 )

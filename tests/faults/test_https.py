@@ -22,7 +22,7 @@ from hsm_signer import ClientAssertion, HsmSignerError, TokenClient, TokenRespon
 from hsm_signer.errors import TokenResponseError, TransportError
 from hsm_signer.jose import b64url
 
-ACCESS_TOKEN = "canary-access-token"
+ACCESS_TOKEN = "access-token-canary"
 GRANT = {"access_token": ACCESS_TOKEN, "token_type": "Bearer", "expires_in": 300}
 SHORT, LONG = 4, 60  # seconds: to wait for nothing, and for what comes sooner or later on a busy machine
 LATEST = 30  # seconds: this machine has other things to do

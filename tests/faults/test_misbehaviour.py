@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import leaks
 import pytest
 from conftest import SoftToken
 
@@ -145,8 +146,9 @@ def test_flags_are_read_again_before_each_login(behind: Behind) -> None:
 
 
 def test_a_rejected_pin_is_sent_once(behind: Behind) -> None:
+    wrong = leaks.pin()
     for _ in range(3):
-        with pytest.raises((PinRejectedError, PinRefusedError)), behind.open(pin="00000000wrong"):
+        with pytest.raises((PinRejectedError, PinRefusedError)), behind.open(pin=wrong):
             pass
     assert behind.faulty.calls("C_Login") == 1
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.x509.oid import NameOID
 
-PIN = b"123456"
+PIN = b"27182818"
 TRIES = 3
 ATR = bytes.fromhex("3bf81300008131fe15597562696b657934d4")  # one that OpenSC takes for a PIV card
 AID = bytes.fromhex("a000000308")

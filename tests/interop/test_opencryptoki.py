@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import leaks
+
 MODULE = next(Path("/usr/lib").glob("*/pkcs11/libopencryptoki.so"), None)
-PIN = "123456"
+PIN = leaks.pin("27182818")
 # The daemon and what it keeps are one per machine, so here they get namespaces of their own.
 START = r"""
 set -eu

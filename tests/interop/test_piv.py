@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import leaks
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -21,7 +22,8 @@ from interop.waiting import wait_until
 
 OPENSC = "/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so"
 DRIVER = "/usr/lib/pcsc/drivers/serial/libifdvpcd.so"
-PIN = "123456"
+PIN = leaks.pin("27182818")
+WRONG = [leaks.pin(text) for text in ("14142135", "17320508", "16180339")]
 AUTHENTICATION, SIGNATURE = "pkcs11:id=%01", "pkcs11:id=%02"  # slots 9A and 9C
 DATA = b"header.claims"
 PORT = 0x8C7B  # in the network namespace of the daemon
@@ -180,22 +182,22 @@ def test_a_card_that_is_pulled_out_is_named_and_signs_again_once_it_is_back(card
 
 
 def test_a_wrong_pin_costs_one_try_and_is_not_sent_again(card: Card) -> None:
-    with pytest.raises(PinRejectedError), card.open(pin="999999"):
+    with pytest.raises(PinRejectedError), card.open(pin=WRONG[0]):
         pass
     assert card.tries == 2
-    with pytest.raises((PinRejectedError, PinRefusedError)), card.open(pin="999999"):
+    with pytest.raises((PinRejectedError, PinRefusedError)), card.open(pin=WRONG[0]):
         pass
     assert card.tries == 2
 
 
 def test_the_last_try_is_not_spent_unless_allowed_and_then_the_pin_is_locked(card: Card) -> None:
-    for wrong in ("111111", "222222"):
+    for wrong in WRONG[:2]:
         with pytest.raises(PinRejectedError), card.open(pin=wrong):
             pass
     with pytest.raises(PinRefusedError), card.open():
         pass
     assert card.tries == 1
-    with pytest.raises(PinLockedError), card.open(pin="333333", allow_final_try=True):
+    with pytest.raises(PinLockedError), card.open(pin=WRONG[2], allow_final_try=True):
         pass
     assert card.tries == 0
     with pytest.raises(PinLockedError), card.open(allow_final_try=True):

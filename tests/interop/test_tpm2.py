@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import leaks
 import pytest
 from conftest import SoftToken
 from faults.behind import DATA, KEY, verify
@@ -127,7 +128,7 @@ def tpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tpm]:
 @pytest.fixture(scope="module")
 def token(tpm: Tpm) -> SoftToken:
     assert MODULE, "tpm2-pkcs11 is not installed: tests/run installs it"
-    token = SoftToken(str(MODULE), os.devnull, "tpm", "123456", "1234567890")
+    token = SoftToken(str(MODULE), os.devnull, "tpm", leaks.pin(), leaks.pin())
     tool = ["pkcs11-tool", "--module", token.module, "--so-pin", "env:SO_PIN"]
     environment = os.environ | {"PIN": token.pin, "SO_PIN": token.so_pin}
     login = ["--token-label", token.label, "--login", "--pin", "env:PIN"]
@@ -151,7 +152,7 @@ def test_a_key_is_generated_proved_and_signs(token: SoftToken) -> None:
 
 
 def test_a_wrong_pin_is_sent_once(token: SoftToken) -> None:
-    with pytest.raises(PinRejectedError), open_token(token.uri, module=token.module, pin="654321"):
+    with pytest.raises(PinRejectedError), open_token(token.uri, module=token.module, pin=leaks.pin()):
         pass
 
 
