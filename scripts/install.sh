@@ -62,26 +62,47 @@ find_python() {
 
 pip() { quietly "$1" .venv/bin/python -m pip --disable-pip-version-check --no-input "${@:2}"; }
 
-# need_venv LOCK: .venv with what the lock file names and this checkout; nothing to do if its stamp says so
+version() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
+
+# fitting_venv: .venv works, was made here, and with PYTHON where that is set
+fitting_venv() {
+    .venv/bin/python -m pip --version >/dev/null 2>&1 && head -n 1 .venv/bin/pip | grep -qF "$PWD/" || return 1
+    [ -z "${PYTHON-}" ] || [ "$(version "$PYTHON")" = "$(version .venv/bin/python)" ]
+}
+
+make_venv() {
+    local python minor
+    python=${PYTHON-$(find_python)}
+    minor=$(version "$python") || die "PYTHON=$python is no Python"
+    minor=${minor%.*}
+    "$python" -c 'import ensurepip' 2>/dev/null ||
+        need_packages "python$minor-venv=$("$python" -c 'import os; print(os.path.dirname(os.__file__))')/ensurepip"
+    say "Making .venv with Python $minor"
+    quietly venv "$python" -m venv --clear .venv
+}
+
+# of_lock LOCK and of_wheel: what .venv's stamps say, a hash of all that it comes from
+of_lock() { sha256sum <"$1"; }
+of_wheel() {
+    find pyproject.toml README.md LICENSE hsm_signer -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z |
+        xargs -0 sha256sum | sha256sum
+}
+
+# need_venv LOCK: .venv with what the lock file names and the wheel of this checkout, each only where it changed
 need_venv() {
-    local python version stamp state
-    stamp=.venv/${1##*/}.stamp
-    state="$PWD $(cat "$1" pyproject.toml | sha256sum)"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && .venv/bin/python -c 'import hsm_signer' 2>/dev/null; then
-        return 0
+    local stamp=.venv/${1##*/}.stamp wheel=.venv/wheel.stamp
+    fitting_venv || make_venv
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$(of_lock "$1")" ]; then
+        say "Installing the packages of $1 into .venv"
+        pip pip-lock install --require-hashes --only-binary :all: -r "$1"
+        of_lock "$1" >"$stamp"
     fi
-    if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! head -n 1 .venv/bin/pip | grep -qF "$PWD/"; then
-        python=$(find_python)
-        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-        "$python" -c 'import ensurepip' 2>/dev/null ||
-            need_packages "python$version-venv=$("$python" -c 'import os; print(os.path.dirname(os.__file__))')/ensurepip"
-        say "Making .venv with Python $version"
-        quietly venv "$python" -m venv --clear .venv
+    if [ "$(cat "$wheel" 2>/dev/null)" != "$(of_wheel)" ]; then
+        say "Building the package and installing its wheel into .venv"
+        quietly build env PYTHON=.venv/bin/python scripts/build .cache/dist
+        pip pip-wheel install --no-deps --no-index --force-reinstall .cache/dist/*.whl
+        of_wheel >"$wheel"
     fi
-    say "Installing the packages of $1 into .venv"
-    pip pip-lock install --require-hashes --only-binary :all: -r "$1"
-    pip pip-checkout install --no-deps --no-build-isolation --no-index -e .
-    echo "$state" >"$stamp"
 }
 
 # need_node: Node 20 or newer with npm, the machine's or one in .venv

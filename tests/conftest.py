@@ -19,6 +19,8 @@ from endpoint import Endpoint, Reply
 from faults import FaultyModule, compile_module
 from hypothesis import HealthCheck, settings
 
+import hsm_signer
+
 # Two cores that other tests share say nothing about the time that one example takes
 settings.register_profile("suite", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
@@ -28,6 +30,22 @@ MODULES = (
     "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
     "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
 )
+
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    """Test no installed package that is another than the checkout's."""
+    tested = Path(hsm_signer.__file__).parent
+    if _contents(tested) != _contents(CHECKOUT / "hsm_signer"):
+        hint = f"run tests/run, which installs it, or set PYTHONPATH={CHECKOUT}"
+        pytest.exit(f"{tested} is not what is in the checkout: {hint}", returncode=4)
+
+
+def _contents(package: Path) -> dict[Path, bytes]:
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    return {path.relative_to(package): path.read_bytes() for path in files}
 
 
 @dataclass(frozen=True)
@@ -56,10 +74,15 @@ class SoftToken:
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home for what a test forgets to put elsewhere: nobody's own state or cache is read or written."""
+    """A home for what a test forgets to put elsewhere: nobody's own state or cache is read or written.
+
+    It is the working directory, too, since Python imports from there what ``-c`` and ``-m`` name: programs that
+    tests start get the package that the tests got.
+    """
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(home))
+        patch.chdir(home)
         for name in [name for name in os.environ if name.startswith(("XDG_", "HSM_TOKEN_"))]:
             patch.delenv(name)
         yield home

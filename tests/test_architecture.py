@@ -1,6 +1,7 @@
 """The walls of the house (docs/design.md), read off the imports."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -185,7 +186,7 @@ def test_no_private_key_is_handled_outside_the_token(name: str) -> None:
 def modules_after(program: str) -> set[str]:
     program += "\nimport sys; print(*sys.modules)"
     command = [sys.executable, "-c", program]
-    environment = {"PYTHONPATH": str(PACKAGE.parent)}
+    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     return set(
         subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
     )

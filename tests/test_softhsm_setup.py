@@ -1,6 +1,5 @@
 """``softhsm-setup`` in a copy of the checkout; installing aside, everything is real."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ def checkout(tmp_path: Path) -> Path:
     copy.mkdir()
     for name in ("hsm_signer", "scripts", "requirements"):
         shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("softhsm-setup", "pyproject.toml"):
+    for name in ("softhsm-setup", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(CHECKOUT / name, copy / name)
     programs = {"python": '"$@"', "hsm-token": '-m hsm_signer.cli "$@"'}
     (copy / ".venv/bin").mkdir(parents=True)
@@ -33,9 +32,9 @@ def checkout(tmp_path: Path) -> Path:
         program = copy / ".venv/bin" / name
         program.write_text(f"#!/bin/sh\nPYTHONPATH={copy} exec {sys.executable} {rest}\n")
         program.chmod(0o755)
-    lock = b"".join((copy / name).read_bytes() for name in ("requirements/demo.txt", "pyproject.toml"))
-    stamp = f"{copy} {hashlib.sha256(lock).hexdigest()}  -\n"
-    (copy / ".venv/demo.txt.stamp").write_text(stamp)
+    (copy / ".venv/bin/pip").write_text(f"#!{copy}/.venv/bin/python\n")
+    stamps = "of_lock requirements/demo.txt >.venv/demo.txt.stamp; of_wheel >.venv/wheel.stamp"
+    subprocess.run(["bash", "-euc", f". scripts/install.sh; {stamps}"], cwd=copy, check=True)
     return copy
 
 

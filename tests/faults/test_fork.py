@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 
 def run(module: str, token: SoftToken) -> None:
     command = [sys.executable, "-m", "faults.forked", module, token.uri, KEY]
-    environment = os.environ | {"PIN": token.pin, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+    environment = os.environ | {"PIN": token.pin, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
