@@ -1,7 +1,8 @@
 """How long certificates live: a server that knows one per client lets nobody in on the day after.
 
 Watched are the files that a profile names (``certificate``, ``next-certificate``); where it names none, the
-certificates of the key on the token.
+certificates of the key on the token. Of these one that has ended is of the past where another is valid: nobody
+is let in by it, and nobody has to be.
 """
 
 import logging
@@ -27,10 +28,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Watched:
-    """A certificate and where it was found."""
+    """A certificate and where it was found. ``replaced``: it has ended, and another of the same key is valid."""
 
     where: str
     certificate: "Certificate"
+    replaced: bool = False
 
     def days_left(self, now: int) -> int:
         """Whole days until it ends; negative when it has ended. ``now`` in Unix seconds."""
@@ -71,31 +73,38 @@ def in_files(settings: "Settings") -> list[Watched]:
     return [Watched(path, read_file(Path(path))) for path in named if path is not None]
 
 
-def on_token(signer: "HsmSigner", key: str) -> list[Watched]:
-    """The certificates of the key on the token, which no challenge has proved; ``key`` is its name."""
+def on_token(signer: "HsmSigner", key: str, now: int) -> list[Watched]:
+    """The certificates of the key on the token, which no challenge has proved; what ends last comes first.
+
+    ``key`` is its name, ``now`` in Unix seconds.
+    """
     from hsm_signer import x509
 
-    found = signer.certificates(proved=False)
-    return [Watched(f"of {key} on the token", x509.read_certificate(der)) for der in found]
+    found = [x509.read_certificate(der) for der in signer.certificates(proved=False)]
+    one_is_valid = any(each.not_before.timestamp() <= now < each.not_after.timestamp() for each in found)
+    return [
+        Watched(f"of {key} on the token", each, one_is_valid and each.not_after.timestamp() <= now)
+        for each in found
+    ]
 
 
-def watched(settings: "Settings", signer: "HsmSigner") -> list[Watched]:
-    """The certificates that the profile names, else those of the key on the token."""
-    return in_files(settings) or on_token(signer, str(settings.key))
+def watched(settings: "Settings", signer: "HsmSigner", now: int) -> list[Watched]:
+    """The certificates that the profile names, else those of the key on the token. ``now`` in Unix seconds."""
+    return in_files(settings) or on_token(signer, str(settings.key), now)
 
 
 def ending(found: Iterable[Watched], now: int, days: int) -> list[Watched]:
-    """Those that end within so many days, or have ended. ``now`` in Unix seconds."""
-    return [each for each in found if each.days_left(now) < days]
+    """Those that end within so many days, or have ended and are not replaced. ``now`` in Unix seconds."""
+    return [each for each in found if each.days_left(now) < days and not each.replaced]
 
 
 def warn(settings: "Settings", signer: "HsmSigner") -> None:
     """Log a warning for what ends soon. It never fails: whoever wants an access token gets one."""
+    now = int(time.time())
     try:
-        found = watched(settings, signer)
+        found = watched(settings, signer, now)
     except HsmSignerError as odd:
         _log.warning("certificates are not watched: %s", odd)
         return
-    now = int(time.time())
     for each in ending(found, now, WARN_DAYS):
         _log.warning("%s; the next one: hsm-token rollover prepare", each.verdict(now))

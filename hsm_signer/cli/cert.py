@@ -1,10 +1,11 @@
 """``hsm-token cert``: certificates and requests, signed by the token."""
 
+import logging
 import os
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,11 @@ from hsm_signer import assembly, files, validity
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, KeyMismatchError, VerificationError
+
+if TYPE_CHECKING:
+    from hsm_signer.hsm.token import Token
+
+_log = logging.getLogger(__name__)
 
 app = typer.Typer()
 cert = typer.Typer(name="cert", help="Certificates and requests, signed by the token.", no_args_is_help=True)
@@ -53,7 +59,7 @@ def self_signed(
         der = x509.self_signed(signer, common_name=name, subject=subject, not_before=not_before, days=days)
         assembly.record(settings, "certificate made", token.info, thumbprint=signer.kid)
         if store:
-            token.store_certificate(str(settings.key), der)
+            store_certificate(token, str(settings.key), der)
     write(out, pem("CERTIFICATE", der))
 
 
@@ -86,9 +92,15 @@ def request(
 def import_(
     settings: Settings,
     file: Annotated[Path, typer.Argument(help="What the CA returned, PEM or DER; a chain is searched.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove other certificates of this key from the token.")
+    ] = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
     """Store a certificate on the token, under the key that it holds.
+
+    With --replace the others of the key go, also where this one is there already: those that have ended, when
+    the server knows the new one.
 
     Example: hsm-token cert import das-2026.crt --profile das
     """
@@ -102,7 +114,7 @@ def import_(
                 f"{len(own)} of {len(found)} certificates in {file} hold the key {settings.key} ({thumbprint})",
                 hint="hsm-token cert request makes the request for this key",
             )
-        token.store_certificate(str(settings.key), own[0].der)
+        store_certificate(token, str(settings.key), own[0].der, replace=replace)
     terminal.note(f"stored the certificate of {own[0].subject}, issued by {own[0].issuer}")
     if settings.certificate:
         terminal.note(f"the profile's certificate is {settings.certificate}: name the new file there")
@@ -122,7 +134,8 @@ def check(
     """Exit with status 8 if a certificate ends soon; for monitoring.
 
     Looked at are the files given, else those that the profile names, else the certificates of the key on the
-    token; only for the last a PIN is needed.
+    token; only for the last a PIN is needed. One on the token that has ended does not matter, and is warned of,
+    where another of the key is valid.
 
     Example: hsm-token cert check --profile das --within 60d
     """
@@ -133,7 +146,7 @@ def check(
         settings.require("key")
         with assembly.open_token(settings, options.login(retry_pin)) as token:
             signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
-            watched = validity.on_token(signer, str(settings.key))
+            watched = validity.on_token(signer, str(settings.key), now)
     if not watched:
         raise ConfigError(
             "no certificate to check",
@@ -152,11 +165,26 @@ def check(
         terminal.json_result(rows)
     else:
         terminal.table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])
+    for each in watched:
+        if each.replaced:
+            _log.warning("%s; hsm-token cert import --replace removes it from the token", each.verdict(now))
     ending = validity.ending(watched, now, days)
     if ending:
         raise VerificationError(
             "; ".join(each.verdict(now) for each in ending),
             hint="hsm-token rollover prepare makes the next key",
+        )
+
+
+def store_certificate(token: "Token", key: str, der: bytes, *, replace: bool = False) -> None:
+    """Store a certificate of the key on the token, and say what becomes of the others."""
+    others = token.store_certificate(key, der, replace=replace)
+    if others and replace:
+        terminal.note(f"other certificates of {key} removed from the token: {others}")
+    elif others:
+        terminal.note(
+            f"other certificates of {key} on the token: {others}; when the server knows the new one, "
+            "hsm-token cert import --replace removes them"
         )
 
 

@@ -10,7 +10,7 @@ import typer
 
 from hsm_signer import assembly, validity
 from hsm_signer.cli import options, terminal
-from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
+from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of, store_certificate
 from hsm_signer.cli.config import ask_module, ask_token
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
@@ -89,7 +89,7 @@ def make(
     if made.certificate.thumbprint == in_use:
         raise ConfigError(f"{key} is the key in use", hint="give the next key another label")
     if store:
-        token.store_certificate(key, made.certificate.der)
+        store_certificate(token, key, made.certificate.der)
     enrolment.write(made, folder)
     terminal.note(f"key {made.proof.key.label} {'generated' if generated else 'was there, and is taken'}")
     return made

@@ -1,5 +1,6 @@
 """``hsm-token key``: keys in the token. Private halves are never imported, exported or shown."""
 
+import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,7 +135,7 @@ def export(
             case PublicFormat.jwk:
                 terminal.json_result(signer.jwk)
             case PublicFormat.jwks:
-                watched = validity.watched(settings, signer)
+                watched = validity.watched(settings, signer, int(time.time()))
                 own = (each.certificate.der for each in watched if each.certificate.holds(signer.kid))
                 terminal.json_result(jwk_set(signer, next(own, None)))
             case PublicFormat.thumbprint:

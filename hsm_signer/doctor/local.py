@@ -251,14 +251,14 @@ def signature(x: Examination) -> Outcome:
 
 def certificate(x: Examination) -> Outcome:
     """The registered certificate is of this key, in date, and the one that was enrolled."""
-    where, found = _certificate(x)
+    now = int(x.clock())
+    where, found, replaced = _certificate(x, now)
     thumbprint = x.signer.kid if x.signer else x.settings.key_thumbprint
     if thumbprint and not found.holds(thumbprint):
         raise KeyMismatchError(
             f"{where} is not of the key with thumbprint {thumbprint}",
             hint="what is registered decides: name its certificate, or its key",
         )
-    now = int(x.clock())
     days = found.days_left(now)
     if now >= found.not_after.timestamp():
         raise VerificationError(
@@ -275,17 +275,20 @@ def certificate(x: Examination) -> Outcome:
     facts = {"certificate_days": days}
     if days < validity.WARN_DAYS:
         return warning(evidence, "register the next one in time: hsm-token rollover prepare", facts)
+    if replaced:
+        evidence += f"; ended, and still on the token: {replaced}"
+        return warning(evidence, "hsm-token cert import --replace removes them from the token", facts)
     return ok(evidence, facts)
 
 
-def _certificate(x: Examination) -> "tuple[str, Certificate]":
-    """The file that the profile names, else what lies beside the key on the token."""
+def _certificate(x: Examination, now: int) -> "tuple[str, Certificate, int]":
+    """The file that the profile names, else what lies beside the key on the token, and how much of it is old."""
     if x.settings.certificate:
-        return x.settings.certificate, validity.read_file(Path(x.settings.certificate))
-    stored = validity.on_token(x.signer, str(x.settings.key)) if x.signer else []
+        return x.settings.certificate, validity.read_file(Path(x.settings.certificate)), 0
+    stored = validity.on_token(x.signer, str(x.settings.key), now) if x.signer else []
     if not stored:
         raise NotCheckedError("no certificate is named", 'certificate = "…/es256_cert.pem" in the profile')
-    return stored[0].where, stored[0].certificate
+    return stored[0].where, stored[0].certificate, sum(each.replaced for each in stored)
 
 
 def _compare_receipt(path: Path, fingerprint: str) -> None:

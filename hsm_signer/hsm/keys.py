@@ -88,7 +88,7 @@ class KeyInfo:
 
     ``flags``: attributes that the module knows, by their names in PKCS#11 in lower case without ``CKA_``.
     ``thumbprint`` (RFC 7638): of the public half under which a challenge verified, ``None`` if there is none.
-    ``certificate``: DER of the first certificate with the key's CKA_ID that holds this public half.
+    ``certificate``: in DER, with the key's CKA_ID and this public half; of several the one that ends last.
     """
 
     label: str
@@ -291,9 +291,16 @@ def public_points(key: FoundKey) -> list[bytes]:
 
 
 def certificates_beside(key: FoundKey) -> list[tuple[bytes, bytes | None]]:
-    """DER and point of the certificates with the key's CKA_ID; no point if it is not of P-256."""
+    """DER and point of the certificates with the key's CKA_ID, what ends last first; no point if not of P-256."""
     found = values(key, beside(key, ObjectClass.CERTIFICATE), Attribute.VALUE)
-    return [(value, point_of_certificate(value)) for value in found]
+    return sorted(((der, point_of_certificate(der)) for der in found), key=_end, reverse=True)
+
+
+def _end(certificate: tuple[bytes, bytes | None]) -> float:
+    from hsm_signer import x509
+
+    der, point = certificate
+    return 0.0 if point is None else x509.read_certificate(der).not_after.timestamp()
 
 
 def point_of_certificate(der: bytes) -> bytes | None:

@@ -32,8 +32,11 @@ def certificates(session: Any, login: Login, uri: Uri) -> list[bytes]:  # noqa: 
     return [der for der, its in beside if its == point]
 
 
-def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None) -> None:
-    """Write one certificate object under the key's CKA_ID (PKCS#11 v3.1 §4.6.3)."""
+def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None, *, replace: bool) -> int:
+    """Write one certificate object under the key's CKA_ID (PKCS#11 v3.1 §4.6.3); the number of others.
+
+    With ``replace`` they are destroyed, once the new one is there.
+    """
     from hsm_signer import x509
 
     if x509.read_certificate(der).der != der:
@@ -42,17 +45,23 @@ def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None) -> 
         checked_label(label, "certificate")
     with login.writable() as session:
         key = keys.find_key(session, uri, login)
-        if keys.point_of_certificate(der) != keys.require_proof(login, key):
+        point = keys.require_proof(login, key)
+        if keys.point_of_certificate(der) != point:
             raise KeyMismatchError(f"the certificate does not hold the public half of key {key.name}")
-        if any(stored == der for stored, _ in keys.certificates_beside(key)):
-            return
-        template = decode_x509_certificate(der) | {
-            Attribute.TOKEN: True,
-            Attribute.LABEL: key.label if label is None else label,
-            Attribute.ID: key.id,
-        }
-        session.create_object(template)
-    log.info("certificate of key %s stored", key.name)
+        there = _certificates(key, point)
+        if der not in there.values():
+            template = decode_x509_certificate(der) | {
+                Attribute.TOKEN: True,
+                Attribute.LABEL: key.label if label is None else label,
+                Attribute.ID: key.id,
+            }
+            session.create_object(template)
+            log.info("certificate of key %s stored", key.name)
+        others = [handle for handle, stored in there.items() if stored != der]
+        for handle in others if replace else ():
+            handle.destroy()
+            log.info("another certificate of key %s destroyed", key.name)
+    return len(others)
 
 
 class VerifyingKey(_pkcs11.PublicKey, _pkcs11.VerifyMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]
@@ -98,12 +107,13 @@ def delete(login: Login, uri: Uri, thumbprint: str | None) -> None:
 
 def _own(key: FoundKey, point: bytes) -> list[Any]:
     """Public objects and certificates that hold the point; strangers may have given others the same names."""
-    own = _public_halves(key, point)
-    for handle in keys.search(key.handle.session, keys.beside(key, ObjectClass.CERTIFICATE)):
-        der = keys.read(handle, [Attribute.VALUE]).get(Attribute.VALUE)
-        if der and keys.point_of_certificate(der) == point:
-            own.append(handle)
-    return own
+    return [*_public_halves(key, point), *_certificates(key, point)]
+
+
+def _certificates(key: FoundKey, point: bytes) -> dict[Any, bytes]:
+    found = keys.search(key.handle.session, keys.beside(key, ObjectClass.CERTIFICATE))
+    read = {handle: keys.read(handle, [Attribute.VALUE]).get(Attribute.VALUE) for handle in found}
+    return {handle: der for handle, der in read.items() if der and keys.point_of_certificate(der) == point}
 
 
 def _public_halves(key: FoundKey, point: bytes) -> list[Any]:

@@ -81,7 +81,7 @@ class HsmSigner:
         return ecdsa.pem("PUBLIC KEY", ecdsa.spki_from_point(self._own_point()))
 
     def certificates(self, *, proved: bool = True) -> list[bytes]:
-        """The certificates on the token, in DER, that hold the public half.
+        """The certificates on the token, in DER, that hold the public half; what ends last comes first.
 
         ``proved=False`` spares the challenge, for who looks at their dates and hands out nothing of them.
         """

@@ -185,20 +185,23 @@ class Token:
             lambda _: objects.delete(self._login, uri, thumbprint), self._cannot(f"delete key {uri}")
         )
 
-    def store_certificate(self, key: str, der: bytes, *, label: str | None = None) -> None:
+    def store_certificate(
+        self, key: str, der: bytes, *, label: str | None = None, replace: bool = False
+    ) -> int:
         """Put a certificate of the key on the token, under the key's CKA_ID, unless it is there.
 
-        ``label``: by default the key's. Raises :class:`KeyMismatchError` unless it holds the public half,
+        ``label``: by default the key's. ``replace`` then destroys the other certificates of the key; the answer
+        is how many others there were. Raises :class:`KeyMismatchError` unless it holds the public half,
         :class:`ConfigError` for what is no certificate in DER.
         """
         uri = self._key_uri(key)
-        self._sessions.run(
-            lambda _: objects.store_certificate(self._login, uri, der, label),
+        return self._sessions.run(
+            lambda _: objects.store_certificate(self._login, uri, der, label, replace=replace),
             self._cannot(f"store a certificate of key {uri}"),
         )
 
     def certificates(self, key: str) -> list[bytes]:
-        """The certificates on the token, in DER, that hold the key's proved public half."""
+        """The certificates on the token, in DER, that hold the key's proved public half; the last to end first."""
         uri = self._key_uri(key)
         return self._sessions.run(
             lambda lane: objects.certificates(lane.session, self._login, uri),
