@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -201,3 +202,13 @@ def test_every_public_name_is_there() -> None:
     loaded = modules_after("import hsm_signer\nfor name in hsm_signer.__all__: getattr(hsm_signer, name)")
     assert "hsm_signer.hsm.token" in loaded
     assert not {name for name in loaded if name.split(".")[0] in ("typer", "filelock", "platformdirs")}
+
+
+def test_the_design_has_every_part_on_its_floor_and_names_every_file() -> None:
+    page = (PACKAGE.parent / "docs/design.md").read_text(encoding="utf-8").split("## The walls")[0]
+    rows = [set(re.findall(r"`([\w/]+?)/?`", row)) for row in re.findall(r"^\| `.*$", page, re.MULTILINE)]
+    for floor, row in zip(FLOORS, rows, strict=False):
+        assert row & set().union(*FLOORS) == floor
+    inside = ("cli/", "doctor/")  # one file per group of commands, and per group of checks
+    files = {Path(name).stem for name in FILES if not name.startswith(inside)} - {"__init__"}
+    assert files | {"hsm", "oauth", "cli", "doctor"} <= set(re.findall(r"`([\w/]+?)/?`", page))
