@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import leaks
+from screen import shown_at_last
 
 CHECKOUT = Path(__file__).parents[1]
 PAGES = [
@@ -149,9 +150,8 @@ class Desk:
         )
         with terminal:
             assert terminal.stdout
-            printed = terminal.stdout.read().decode().replace("\r\n", "\n")
-        printed = re.sub(r"[^\n]*\r", "", printed)  # on a slow machine there were spinners, and they are gone
-        parts = [self._as_said(part) for part in printed.split(_SEPARATOR)[1:]]
+            printed = terminal.stdout.read().decode()
+        parts = [self._as_said(shown_at_last(part)) for part in printed.split(_SEPARATOR)[1:]]
         assert terminal.returncode != 124, f"{commands[len(parts) - 1]} does not end: {parts[-1:]}"
         assert self.pin not in printed
         return parts

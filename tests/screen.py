@@ -25,3 +25,15 @@ def at_a_terminal(office: Office, arguments: list[str], answers: dict[str, str])
     assert os.waitstatus_to_exitcode(status) == 0, screen
     assert office.token.pin not in screen
     return screen
+
+
+def shown_at_last(screen: str) -> str:
+    """What is left on the lines of the screen when each carriage return overwrites."""
+    lines = []
+    for line in screen.replace("\r\n", "\n").split("\n"):
+        first, *over = line.split("\r")
+        cells = first
+        for part in over:
+            cells = part + cells[len(part) :]
+        lines.append(cells.rstrip() if over else line)
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 import office as offices
 import pytest
 from endpoint import GRANT, Endpoint, Reply
+from screen import shown_at_last
 
 SLOW = 1.2  # seconds of an answer: long enough for a spinner
 ACCESS_TOKEN = GRANT["access_token"]
@@ -58,17 +59,6 @@ def with_terminal(office, *arguments, answers=(), environment=None):
     os.close(master)
     assert office.token.pin not in screen + stdout
     return stdout, screen, process.returncode
-
-
-def shown_at_last(screen):
-    """What is left on the lines of the screen when each carriage return overwrites."""
-    lines = []
-    for line in screen.replace("\r\n", "\n").split("\n"):
-        cells = ""
-        for part in line.split("\r"):
-            cells = part + cells[len(part) :]
-        lines.append(cells.rstrip())
-    return "\n".join(lines)
 
 
 def test_an_access_token_goes_to_stdout_also_after_a_spinner(slow):
