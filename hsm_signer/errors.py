@@ -36,7 +36,7 @@ from collections.abc import Sequence
 
 
 class HsmSignerError(Exception):
-    """Root of the tree. ``hint``: what the person at the keyboard can do, or ``None``."""
+    """Root of the tree. ``hint``: what the person at the keyboard can do, in lines, or ``None``."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -66,6 +67,25 @@ def test_an_access_token_goes_to_stdout_also_after_a_spinner(slow):
     assert (stdout, status) == (f"{ACCESS_TOKEN}\n", 0)
     assert "asking the authorization server" in screen
     assert shown_at_last(screen) == ""
+
+
+def test_a_server_that_is_down_is_one_line_and_meanwhile_the_spinner_tells(scratch):
+    scratch.configure(**{"token-endpoint": "http://127.0.0.1:1/token", "deadline": 4})
+    stdout, screen, status = with_terminal(scratch, "fetch", "--no-cache")
+    assert (stdout, status) == ("", 7)
+    assert re.search(r"[|/\\-] http://127.0.0.1:1: .*refused.*; again in \d\.\d", screen), screen
+    [line] = shown_at_last(screen).splitlines()
+    assert re.fullmatch(r"hsm-token: error: tried \d times in \d s: http://127.0.0.1:1: .*refused.*", line)
+    assert line.count("127.0.0.1") == 1
+
+
+def test_causes_of_a_refusal_are_lines_with_the_likeliest_first(scratch):
+    with Endpoint(None, Reply(401, {"error": "invalid_client"})) as server:
+        done = scratch.configure(**{"token-endpoint": server.url}).run("fetch", "--no-cache")
+    assert done.status == 6
+    kinds = [line.split(" ")[:2] for line in done.lines]
+    assert kinds == [["error:", "the"], *(["hint:", f"{n}."] for n in range(1, 5)), ["hint:", "ruled"]]
+    assert server.url in done.lines[2] and "das-api-auth" in done.lines[3]
 
 
 @pytest.mark.parametrize("options", [("--quiet",), ("--pin-source", "env:TYPED")])

@@ -305,6 +305,7 @@ TOGETHER = {  # texts that are put together from more than one place; a piece of
     "The key can leave its token (…; …).": "The key {found} (",
     "the authorization server refused with …: …": "the authorization server refused with {status}: {said}",
     "the server answered …": "the server answered {status}",
+    "tried … times in … s: …": "tried {len(attempts)} times in ",
     "the cache is not used: …": "the cache is not used: {exc}",
     "the certificate … ends on …, in … days": "ends on {end}, in {left} days",
     "the certificate … ended on …": "ended on {end}",

@@ -72,15 +72,15 @@ def _findings(
 def _show(finding: "Finding") -> None:
     """One line a check in a pipe; on a terminal with the remedy below it."""
     verdict, check = str(finding.verdict), finding.check
-    evidence, remedy = shown(finding.evidence), shown(finding.remedy or "")
+    evidence, remedies = shown(finding.evidence), [*map(shown, (finding.remedy or "").splitlines())]
     if not sys.stdout.isatty():
-        print(verdict, check, evidence, remedy, sep="\t", flush=True)
+        print(verdict, check, evidence, "; ".join(remedies), sep="\t", flush=True)
         return
     from rich.console import Console
     from rich.text import Text
 
     line = Text.assemble((f"{verdict:<12}", STYLES[verdict]), f" {check:<14} {evidence}")
-    if remedy:
+    for remedy in remedies:
         line.append(f"\n{'':<27} → {remedy}")
     Console(highlight=False, soft_wrap=True).print(line)
 

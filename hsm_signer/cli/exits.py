@@ -1,4 +1,4 @@
-"""How a run ends: one error line, where it helps one hint line, and the status that scripts rely on."""
+"""How a run ends: one error line, where it helps hint lines, and the status that scripts rely on."""
 
 import sys
 import traceback
@@ -43,16 +43,14 @@ def say(kind: str, text: str) -> None:
 
 @contextmanager
 def statuses() -> Iterator[None]:
-    """Turn what ends the run into an exit status and at most two lines on stderr."""
+    """Turn what ends the run into an exit status, and lines on stderr: an error, and hints where there are."""
     try:
         with interruptible(INTERRUPTED):
             yield
     except errors.HsmSignerError as error:
         if isinstance(error, StdoutError) and error.closed_pipe:
             sys.exit(CLOSED_PIPE)
-        attempts = getattr(error, "attempts", ())
-        details = attempts if len(attempts) > 1 else getattr(error, "candidates", ())
-        _explain(str(error), error.hint, details)
+        _explain(str(error), error.hint, getattr(error, "candidates", ()))
         sys.exit(status_of(error))
     except typer.TyperException as error:
         _explain_usage(error)
@@ -78,5 +76,5 @@ def _explain(message: str, hint: str | None, details: tuple[str, ...] = ()) -> N
     say("error", message)
     for line in details:
         tell(f"  {shown(line)}")
-    if hint:
-        say("hint", hint)
+    for line in (hint or "").splitlines():
+        say("hint", line)

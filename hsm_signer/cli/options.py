@@ -148,6 +148,7 @@ def _log(verbose: int, quiet: bool) -> None:
     terminal.quiet = quiet
     logger = logging.getLogger("hsm_signer")
     levels = (logging.WARNING, logging.INFO, logging.DEBUG)
-    logger.setLevel(logging.ERROR if quiet else levels[min(verbose, 2)])
+    level = logging.ERROR if quiet else levels[min(verbose, 2)]
+    logger.setLevel(level)
     logger.propagate = False
-    logger.handlers = [_Handler()]
+    logger.handlers = [_Handler(level)]  # the spinner hears what is not for its level

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import logging
+import shutil
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,6 +123,7 @@ class _Spinner:
     """One line on stderr that others put aside while they write there, or ask."""
 
     def __init__(self) -> None:
+        self.what = ""
         self._lock = threading.RLock()
         self._drawn = ""
 
@@ -131,14 +134,15 @@ class _Spinner:
             self._write("")
             yield
 
-    def turn(self, what: str, ended: threading.Event) -> None:
+    def turn(self, ended: threading.Event) -> None:
         """Draw until the end, from half a second on."""
         if ended.wait(SPINNER_AFTER):
             return
         for sign in itertools.cycle("|/-\\"):
             with self._lock:
                 if not ended.is_set():
-                    self._write(f"{sign} {what}")
+                    width = shutil.get_terminal_size().columns - 1  # a line that wraps is not taken off whole
+                    self._write(f"{sign} {self.what}"[:width])
             if ended.wait(SPINNER_PERIOD):
                 return
 
@@ -151,17 +155,31 @@ class _Spinner:
 _spinner = _Spinner()
 
 
+class _Progress(logging.Handler):
+    """What the spinner says meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _spinner.what = shown(record.getMessage())
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show a spinner on a terminal when the block takes longer than half a second."""
+    """Show a spinner on a terminal when the block takes longer than half a second.
+
+    It says what is being done, and why that is being done again.
+    """
     if quiet or not sys.stderr.isatty():
         yield
         return
-    ended = threading.Event()
-    threading.Thread(target=_spinner.turn, args=(what, ended), name="spinner", daemon=True).start()
+    ended, retries, progress = threading.Event(), logging.getLogger("hsm_signer.oauth.retry"), _Progress()
+    _spinner.what = what
+    retries.addHandler(progress)
+    retries.setLevel(logging.INFO)
+    threading.Thread(target=_spinner.turn, args=(ended,), name="spinner", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+        retries.removeHandler(progress)
         with _spinner.aside():
             pass

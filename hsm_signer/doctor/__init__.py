@@ -99,8 +99,7 @@ def _finding(name: str, check: Check, x: Examination) -> Finding:
 
 
 def _failure(name: str, error: HsmSignerError) -> Finding:
-    details = getattr(error, "candidates", ()) or getattr(error, "attempts", ())
-    evidence = "; ".join([str(error), *details])
+    evidence = "; ".join([str(error), *getattr(error, "candidates", ())])
     return Finding(Verdict.FAILED, evidence, error.hint, check=name, error=error)
 
 

@@ -215,9 +215,8 @@ def token_request(x: Examination) -> Outcome:
         x.response = assembly.token_client(settings, x.login, cached=False).fetch(force=True)
     except OAuthError as refused:
         if x.differing_audience:
-            refused.hint = (
-                f"aud differs from what the server publishes: {x.differing_audience}. {refused.hint or ''}"
-            )
+            differs = f"aud differs from what the server publishes: {x.differing_audience}"
+            refused.hint = "\n".join([differs, *(refused.hint or "").splitlines()])
         raise
     lives = None if x.response.expires_at is None else round(x.response.expires_at - x.clock())
     return ok("granted" if lives is None else f"granted for {lives} s", {"expires_in": lives})

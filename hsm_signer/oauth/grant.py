@@ -69,7 +69,7 @@ class Grant:
             outcome = error.with_traceback(None)
         if isinstance(outcome, TransportError) and answer:
             outcome.retry_after = retry_after(answer)
-        elif answer and not isinstance(outcome, TokenResponseError):
+        elif answer and isinstance(outcome, OAuthError) and not isinstance(outcome, TokenResponseError):
             outcome.hint = self._hint(outcome, answer, signer)
         return outcome
 
@@ -81,12 +81,14 @@ class Grant:
             "client_assertion": assertion,
         }
 
-    def _hint(self, refusal: OAuthError | TransportError, answer: Answer, signer: Signer | None) -> str:
+    def _hint(self, refusal: OAuthError, answer: Answer, signer: Signer | None) -> str:
         server_now = timestamp(answer.date)
         our_now = time.time() + self.assertion.clock_offset
         thumbprint, kid = self._names(signer)
         return refusal_hint(
-            getattr(refusal, "error", None),
+            refusal.error,
+            status=refusal.status,
+            endpoint=self.endpoint.text,
             assertion=self.assertion,
             scope=self.scope,
             thumbprint=thumbprint,

@@ -1,49 +1,56 @@
 """What the person at the keyboard can look at when the authorization server refuses.
 
 Servers say little: oidc-provider has one text for every reason, WIPO's family may answer 403 and nothing. So
-the likely causes come in order, each with our own value beside it, and never with an assertion.
+the likely causes come in order, a line each with our own value beside it, and never with an assertion.
 """
 
 from collections.abc import Iterator
 
 from hsm_signer.assertion import MAX_CLOCK_OFFSET, ClientAssertion
 
+_NOT_THERE = (404, 405)  # an authorization server has other words for what it refuses
 _NOTABLE = 10  # seconds between two clocks that some servers mind
 
 
 def refusal_hint(
     error: str | None,
     *,
+    status: int | None,
+    endpoint: str,
     assertion: ClientAssertion,
     scope: str,
     thumbprint: str | None = None,
     kid: str | None = None,
     clock_lead: float | None = None,
 ) -> str:
-    """Name the likely causes of an OAuth error, the likeliest first.
+    """Name the likely causes of an OAuth error in lines, the likeliest first, and what is none of them last.
 
     ``thumbprint``: of the key that signed; ``kid``: as sent in the header. ``clock_lead``: seconds by which
     the server's clock is ahead of the one that we stamp with, where it told.
     """
     client = f"client id {assertion.client_id!r}"
     asked = f"scope {scope!r}" if scope else "no scope"
+    ruled_out = []
     match error:
         case "invalid_scope":
             causes = [f"{asked} was asked for: is it spelt as registered, and may {client} have it?"]
         case "unauthorized_client":
             causes = [f"may {client} use the grant client_credentials?"]
         case "unsupported_grant_type":
-            causes = ["does this endpoint offer the grant client_credentials? Is it the token endpoint?"]
+            causes = [f"does {endpoint} offer the grant client_credentials? Is it the token endpoint?"]
         case _:
-            causes = [
-                *_credentials(assertion, thumbprint, kid),
-                _clock(assertion, clock_lead),
-                f"{asked} was asked for",
-                f"{client}: is it spelt as registered?",
-            ]
-            if clock_lead is not None and abs(clock_lead) > assertion.lifetime:
-                causes.insert(0, causes.pop(-3))
-    return "likely causes: " + "; ".join(f"{number}. {cause}" for number, cause in enumerate(causes, 1))
+            causes = [*_credentials(assertion, thumbprint, kid)]
+            if clock_lead is not None and abs(clock_lead) <= _NOTABLE:
+                ruled_out = [f"ruled out: the clock, {abs(clock_lead):.0f} s apart from the server's"]
+            else:
+                is_cause = clock_lead is not None and abs(clock_lead) > assertion.lifetime
+                causes.insert(0 if is_cause else len(causes), _clock(assertion, clock_lead))
+            causes += [f"{client}: is it spelt as registered?", f"{asked} was asked for"]
+    if status in _NOT_THERE:
+        causes.insert(
+            0, f"{endpoint} is not the token endpoint: hsm-token doctor compares it, if issuer is set"
+        )
+    return "\n".join([*(f"{number}. {cause}" for number, cause in enumerate(causes, 1)), *ruled_out])
 
 
 def _credentials(assertion: ClientAssertion, thumbprint: str | None, kid: str | None) -> Iterator[str]:
@@ -57,8 +64,6 @@ def _credentials(assertion: ClientAssertion, thumbprint: str | None, kid: str | 
 def _clock(assertion: ClientAssertion, lead: float | None) -> str:
     if lead is None:
         return f"the clocks differ by more than the {assertion.lifetime} s that the assertion lives"
-    if abs(lead) <= _NOTABLE:
-        return "the clock, but it agrees with the server's"
     wanted = assertion.clock_offset + round(lead)
     remedy = (
         f"set clock-offset = {wanted}, or the clock" if abs(wanted) <= MAX_CLOCK_OFFSET else "set the clock"

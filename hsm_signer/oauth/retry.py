@@ -26,12 +26,12 @@ def until_verdict(
     of a request may have been sent.
     """
     began = time.monotonic()
-    attempts: list[str] = []
+    attempts: list[tuple[float, str]] = []  # seconds since the beginning, and what was wrong
     while True:
         outcome = attempt(len(attempts) + 1)
         if not isinstance(outcome, TransportError):
             return outcome
-        attempts.append(f"after {time.monotonic() - began:.1f} s: {outcome}")
+        attempts.append((time.monotonic() - began, str(outcome)))
         pause = _pause(outcome, len(attempts))
         hopeless = not outcome.transient or (once and outcome.sent) or len(attempts) == MAX_ATTEMPTS
         if hopeless or time.monotonic() + pause >= deadline:
@@ -40,10 +40,12 @@ def until_verdict(
         time.sleep(pause)
 
 
-def _in_the_end(trouble: TransportError, attempts: list[str]) -> TransportError:
+def _in_the_end(trouble: TransportError, attempts: list[tuple[float, str]]) -> TransportError:
     if len(attempts) > 1:
-        trouble.args = (f"{trouble}; the last of {len(attempts)} attempts",)
-    trouble.attempts = tuple(attempts)
+        causes = dict.fromkeys(cause for _, cause in attempts)  # each once, mostly there is but one
+        took = f"tried {len(attempts)} times in {attempts[-1][0]:.0f} s"
+        trouble.args = (f"{took}: {'; '.join(causes)}",)
+    trouble.attempts = tuple(f"after {seconds:.1f} s: {cause}" for seconds, cause in attempts)
     if trouble.retry_after is not None:
         trouble.hint = f"the server asks to be left alone for {trouble.retry_after:.0f} s"
     return trouble
