@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -200,3 +201,47 @@ def test_a_signature_of_64_bytes_needs_no_asn1crypto() -> None:
         "assert not [name for name in sys.modules if name.startswith('asn1crypto')]"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+OUT_OF_RANGE = "r or s of the ECDSA signature is outside 1…n−1"
+
+
+@pytest.mark.parametrize(
+    ("read", "value", "text"),
+    [
+        (ecdsa.raw_from_der, None, "a DER signature is bytes, found NoneType"),
+        (ecdsa.raw_from_der, bytes(74), "74 bytes are no DER ECDSA signature of 32-byte integers"),
+        (ecdsa.raw_from_der, bytes(73), "73 bytes that are no DER ECDSA signature"),
+        (ecdsa.raw_from_der, sequence(ONE), "5 bytes that are no DER ECDSA signature"),
+        (ecdsa.raw_from_der, b"\x30\x81\x06" + ONE + ONE, "an ECDSA signature in BER that is not DER"),
+        (ecdsa.raw_from_der, sequence(integer(0) + ONE), OUT_OF_RANGE),
+        (ecdsa.raw_from_device, bytes(64), OUT_OF_RANGE),
+        (ecdsa.der_from_raw, bytes(64), OUT_OF_RANGE),
+        (ecdsa.der_from_raw, bytes(63), "a raw ES256 signature has 64 bytes, found 63 bytes"),
+        (ecdsa.der_from_raw, "text", "a raw ES256 signature has 64 bytes, found str"),
+        (ecdsa.point_from_ec_point, bytes(65), "CKA_EC_POINT of 65 bytes is no uncompressed point of P-256"),
+    ],
+)
+def test_a_refusal_says_what_was_found(read: Callable[[object], object], value: object, text: str) -> None:
+    with pytest.raises((SignatureFormatError, KeyMismatchError)) as refused:
+        read(value)
+    assert str(refused.value) == text
+
+
+def test_a_refused_size_is_named() -> None:
+    with pytest.raises(SignatureFormatError) as refused:
+        ecdsa.raw_from_der(GOOD, 33)
+    assert str(refused.value) == "an integer of the signature has 32, 48 or 66 bytes, found 33"
+
+
+def test_pem_has_lines_of_64_characters_and_ends_with_a_newline() -> None:
+    lines = ("-----BEGIN X-----", "A" * 64, "A" * 32, "-----END X-----", "")
+    assert ecdsa.pem("X", bytes(72)) == "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "value", [b"\x04\x41\x05" + bytes(64), b"\x04\x40\x04" + bytes(64), b"\x05\x41\x04" + bytes(64)]
+)
+def test_67_bytes_are_a_point_only_in_an_octet_string_of_an_uncompressed_one(value: bytes) -> None:
+    with pytest.raises(KeyMismatchError):
+        ecdsa.point_from_ec_point(value)

@@ -1,7 +1,9 @@
 """Vectors of RFC 7515 A.3, RFC 7518 §3.4, RFC 7638 §3.1 and of WIPO's published sample."""
 
 import json
+import time
 from base64 import urlsafe_b64decode
+from hashlib import sha256
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from software_signer import SoftwareSigner
 
 from hsm_signer import ClientAssertion
 from hsm_signer.errors import ConfigError
-from hsm_signer.jose import b64url, json_b64url, sign_compact, thumbprint
+from hsm_signer.jose import b64url, json_b64url, jwk_set, sign_compact, thumbprint
 from hsm_signer.verification import PublicKey
 
 RFC_7515_A_3_KEY = {
@@ -43,6 +45,7 @@ def decoded(text: str) -> bytes:
 def test_base64url_is_that_of_rfc_7515_appendix_c() -> None:
     assert b64url(bytes([3, 236, 255, 224, 193])) == "A-z_4ME"
     assert b64url(b"") == ""
+    assert b64url(b"\0\0\x17") == "AAAX"
 
 
 def test_the_signature_of_rfc_7515_a_3_verifies_and_is_r_then_s() -> None:
@@ -100,8 +103,16 @@ def test_the_thumbprint_is_the_one_that_joserfc_finds() -> None:
     ],
 )
 def test_a_jwk_that_is_no_ec_key_has_no_thumbprint_here(jwk: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="EC JWK"):
+    with pytest.raises(ConfigError, match=r"\Aa thumbprint is made of an EC JWK .*; this is none\Z"):
         thumbprint(jwk)
+
+
+def test_a_key_set_has_the_public_key_and_the_certificate_where_there_is_one() -> None:
+    key = {**SIGNER.jwk, "use": "sig", "alg": "ES256", "kid": SIGNER.kid}
+    assert jwk_set(SIGNER) == {"keys": [key]}
+    # RFC 7517 §4.7 is base64, §4.9 is base64url of the SHA-256
+    certificate = {"x5c": ["+/+/"], "x5t#S256": b64url(sha256(b"\xfb\xff\xbf").digest())}
+    assert jwk_set(SIGNER, b"\xfb\xff\xbf") == {"keys": [key | certificate]}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +131,41 @@ def test_an_assertion_that_no_server_takes_is_refused_when_it_is_made(name: str,
     values: dict[str, object] = {"client_id": "client", "audience": "https://example.com/token"}
     with pytest.raises(ConfigError, match=name.replace("_", ".")):
         ClientAssertion(**values | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"client_id": ""}, "client_id must be printable ASCII and not empty, found ''"),
+        ({"audience": "ü"}, "audience must be printable ASCII and not empty, found 'ü'"),
+        ({"lifetime": 0}, "lifetime must be 1 to 1800 seconds, found 0"),
+        ({"clock_offset": 601}, "clock offset is at most 600 whole seconds, found 601"),
+        ({"typ": "ü"}, "typ must be printable ASCII, or empty to leave it out, found 'ü'"),
+        ({"kid": ""}, "kid must be true, false or a printable name, found ''"),
+        ({"claims": "all"}, 'claims must be "minimal" or "oidc", found \'all\''),
+    ],
+)
+def test_a_refusal_says_what_was_found(changes: dict[str, object], text: str) -> None:
+    values: dict[str, object] = {"client_id": "client", "audience": "https://example.com/token"}
+    with pytest.raises(ConfigError) as refused:
+        ClientAssertion(**values | changes)
+    assert str(refused.value) == text
+
+
+@pytest.mark.parametrize(("lifetime", "clock_offset"), [(1, -600), (1800, 600)])
+def test_the_edges_belong_to_what_servers_take(lifetime: int, clock_offset: int) -> None:
+    assertion = ClientAssertion("client", "aud", lifetime=lifetime, clock_offset=clock_offset, claims="oidc")
+    claims = assertion.claims_at(10_000, "1")
+    assert (claims["iat"], claims["exp"]) == (10_000 + clock_offset, 10_000 + clock_offset + lifetime)
+
+
+def test_time_and_jti_are_the_clock_and_128_random_bits_unless_given() -> None:
+    assertion = ClientAssertion("client", "aud", claims="oidc")
+    before = int(time.time())
+    claims = json.loads(decoded(assertion.issue(SIGNER).split(".")[1]))
+    assert before <= claims["iat"] <= time.time()
+    assert len(decoded(claims["jti"])) == 16
+    assert json.loads(decoded(assertion.issue(SIGNER, jti="mine").split(".")[1]))["jti"] == "mine"
 
 
 @pytest.mark.parametrize(

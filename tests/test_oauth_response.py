@@ -8,8 +8,8 @@ from canary import assert_no_trace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsm_signer.errors import HsmSignerError, OAuthError, TokenResponseError, TransportError
-from hsm_signer.oauth.response import TokenResponse, parse
+from hsm_signer.errors import ConfigError, HsmSignerError, OAuthError, TokenResponseError, TransportError
+from hsm_signer.oauth.response import TokenResponse, parse, require_scope
 
 NOW = 1_795_507_000
 SCOPE = "das-api/das-access"
@@ -262,6 +262,102 @@ def test_an_error_holds_no_part_of_the_body() -> None:
         assert_no_trace(error, [CANARY])
         assert error.__context__ is None
         assert error.__cause__ is None
+
+
+SUCCESS = "the answer of the token endpoint "
+TOO_NARROW = "ask the operator of the authorization server to grant it to this client, or ask for less"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "hint"),
+    [
+        ({"status": 429, "body": b"x"}, "the server answered 429", None),
+        (
+            {"status": 500, "body": {"error": "a", "error_description": "b"}},
+            "the server answered 500: a: b",
+            None,
+        ),
+        (
+            {"status": 401, "body": {"error": "a", "error_description": "b"}},
+            "the authorization server refused with 401: a: b",
+            None,
+        ),
+        (
+            {"status": 400, "body": b""},
+            "the authorization server refused with 400: without an OAuth error in the answer",
+            None,
+        ),
+        ({"status": 399}, "the token endpoint answered 399, success is 200", None),
+        ({"media_type": "text/html; a=b"}, SUCCESS + "has media type text/html, not application/json", None),
+        ({"media_type": None}, SUCCESS + "has media type none, not application/json", None),
+        ({"media_type": "a " * 45}, SUCCESS + f"has media type {'a ' * 39}a…, not application/json", None),
+        ({"body": b"\xff"}, SUCCESS + "is no UTF-8", None),
+        ({"body": b"{"}, SUCCESS + "is no JSON", None),
+        ({"body": b"[]"}, SUCCESS + "is JSON, but no object", None),
+        (
+            {"body": b'{"a":1,"a":2}'},
+            SUCCESS + "has a member twice, so nobody can tell which one is meant",
+            None,
+        ),
+        ({"body": grant(access_token=None)}, SUCCESS + "has no access_token", None),
+        ({"body": grant(access_token=1)}, SUCCESS + "has an access_token that is no text", None),
+        (
+            {"body": grant(access_token="a" * 16385)},
+            SUCCESS + "has an access_token of 16385 characters, more than 16384",
+            None,
+        ),
+        (
+            {"body": grant(access_token="ä")},
+            SUCCESS + "has an access_token that cannot be sent as a bearer token (RFC 6750 §2.1)",
+            None,
+        ),
+        ({"body": grant(token_type="MAC")}, SUCCESS + "needs token_type Bearer, found 'MAC'", None),
+        (
+            {"body": grant(token_type="a " * 45)},
+            SUCCESS + f"needs token_type Bearer, found '{'a ' * 39}a…'",
+            None,
+        ),
+        ({"body": grant(token_type=1)}, SUCCESS + "needs token_type Bearer, found none that is text", None),
+        (
+            {"body": grant(expires_in="x")},
+            SUCCESS + "has an expires_in that is no whole number of seconds",
+            None,
+        ),
+        ({"body": grant(expires_in=0)}, SUCCESS + "has an access_token that has expired already", None),
+        ({"body": grant(scope=1)}, SUCCESS + "has a scope that is no list of scopes in text", None),
+        (
+            {"body": grant(scope="c"), "scope": "b a"},
+            SUCCESS + "grants scope 'c' and leaves out 'a b'",
+            TOO_NARROW,
+        ),
+        (
+            {"body": grant(scope="c " * 110 + "c"), "scope": "a"},
+            SUCCESS + f"grants scope '{'c ' * 99}c…' and leaves out 'a'",
+            TOO_NARROW,
+        ),
+    ],
+)
+def test_a_refusal_says_what_was_found(answer: dict[str, Any], text: str, hint: str | None) -> None:
+    with pytest.raises(HsmSignerError) as refused:
+        judge(**{"body": grant(), **answer})
+    assert str(refused.value) == text
+    assert refused.value.hint == hint
+    assert getattr(refused.value, "status", None) == (
+        None if isinstance(refused.value, TransportError) else answer.get("status", 200)
+    )
+
+
+@pytest.mark.parametrize("scope", ["", "a", "a b", "!#[]~"])
+def test_a_scope_to_ask_for_is_names_with_single_spaces(scope: str) -> None:
+    require_scope(scope)
+
+
+@pytest.mark.parametrize("scope", [" ", "a  b", "a ", 'a"', "a\\", "ä", "a\n"])
+def test_what_is_no_scope_is_not_asked_for(scope: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        require_scope(scope)
+    found = f"scope is names with single spaces between them (RFC 6749 §3.3), found {scope!r}"
+    assert str(refused.value) == found
 
 
 _VALUES = st.recursive(
