@@ -118,3 +118,14 @@ need_node() {
     ln -sf "$home/bin/node" .venv/bin/node
     ln -sf "$home/lib/node_modules/npm/bin/npm-cli.js" .venv/bin/npm
 }
+
+# need_tools NAME: .cache/venv-NAME with what requirements/NAME.txt names, for tools that no test needs
+need_tools() {
+    local venv=.cache/venv-$1 lock=requirements/$1.txt
+    cmp -s "$lock" "$venv/installed" && return 0
+    say "Installing the packages of $lock into $venv"
+    quietly "venv-$1" "$(find_python)" -m venv --clear "$venv"
+    quietly "pip-$1" "$venv/bin/python" -m pip --disable-pip-version-check --no-input \
+        install --require-hashes --only-binary :all: -r "$lock"
+    cp "$lock" "$venv/installed"
+}

