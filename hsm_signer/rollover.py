@@ -3,7 +3,7 @@
 State is in the profile and on the token only::
 
     key, key-thumbprint, certificate                  the key in use
-    next-key, next-key-thumbprint, next-certificate   from prepare to switch
+    next-key, next-key-thumbprint, next-certificate   from prepare to switch, or abandon
     previous-key, previous-key-thumbprint             from switch to retire
 
 Whatever changes a profile or deletes a key does so under one lock of the user, and looks again once it has
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_NEXT = ("next-key", "next-key-thumbprint", "next-certificate")
 
 
 def following(settings: Settings) -> Settings:
@@ -157,8 +159,20 @@ def check_none_is_prepared(path: Path, profile: str) -> None:
     if present is not None:
         raise ConfigError(
             f"profile {profile} has a next key already: {present}",
-            hint="hsm-token rollover status shows it; hsm-token rollover switch makes it the key in use",
+            hint="hsm-token rollover status shows whether it is on the token; rollover switch makes it the key in "
+            "use, rollover abandon drops it from the profile",
         )
+
+
+def abandon(path: Path, profile: str, *, state_directory: Path) -> dict[str, str]:
+    """Forget the next key, be it on the token or lost; what the profile said of it. No key is deleted."""
+    with profile_file.exclusive(state_directory):
+        settings = profile_file.profiles(path).get(profile, {})
+        said = {name: str(settings[name]) for name in _NEXT if name in settings}
+        if not said:
+            raise ConfigError(f"profile {profile} has no next key", hint="there is no rollover to abandon")
+        profile_file.change(path, profile, dict.fromkeys(said))
+    return said
 
 
 def switch(path: Path, profile: str, thumbprint: str, *, state_directory: Path) -> None:
@@ -184,9 +198,7 @@ def _switched(settings: Mapping[str, object]) -> dict[str, str | None]:
         "certificate": text("next-certificate"),
         "previous-key": text("key"),
         "previous-key-thumbprint": text("key-thumbprint"),
-        "next-key": None,
-        "next-key-thumbprint": None,
-        "next-certificate": None,
+        **dict.fromkeys(_NEXT),
     }
 
 

@@ -167,6 +167,53 @@ def test_without_a_next_key_or_a_profile_there_is_nothing_to_try_or_switch(rollo
     assert rollover.office.run("rollover", "switch", "--force").status == 2
 
 
+def lines_of(told: str) -> dict[str, str]:
+    """What stands in a text for a person to copy."""
+    return tomllib.loads("\n".join(line for line in told.splitlines() if " = " in line))
+
+
+def test_a_next_key_that_is_lost_is_told_and_abandoned_without_a_token_and_another_prepared(
+    rollover: Rollover,
+) -> None:
+    lost = rollover.prepared()
+    before = rollover.profile
+    rollover.office.token.pkcs11_tool("--delete-object", "--type", "privkey", "--label", "next")
+    for command, status in (("status", 0), ("try", 5), ("switch", 5), ("prepare third --out third", 2)):
+        done = rollover.run("rollover", *command.split())
+        assert done.status == status
+        assert "rollover abandon" in done.stderr, command
+    assert rollover.profile == before
+
+    pin = rollover.office.home / "pin"
+    pin.rename(pin.with_name("away"))
+    done = rollover.run("rollover", "abandon")
+    pin.with_name("away").rename(pin)
+    assert (done.status, done.stdout) == (0, "")
+    said = lines_of(done.stderr)
+    assert (said["next-key-thumbprint"], len(said)) == (lost, 3)
+    assert rollover.profile | said == before
+    assert "# rehearsal\n" in rollover.office.config.read_text()
+    again = rollover.run("rollover", "prepare", "next", "--out", str(rollover.office.home / "again"))
+    assert again.status == 0
+    assert rollover.profile["next-key-thumbprint"] != lost
+
+
+def test_abandoning_deletes_no_key_and_needs_a_next_one_and_a_profile_that_can_be_written(
+    rollover: Rollover,
+) -> None:
+    nothing = rollover.run("rollover", "abandon")
+    assert (nothing.status, "has no next key" in nothing.lines[0]) == (2, True)
+    rollover.prepared()
+    before = rollover.office.config.read_text()
+    rollover.office.config.chmod(0o400)
+    refused = rollover.run("rollover", "abandon")
+    assert (refused.status, refused.stdout.count(": remove this setting")) == (2, 3)
+    assert rollover.office.config.read_text() == before
+    rollover.office.config.chmod(0o600)
+    assert rollover.run("rollover", "abandon").status == 0
+    assert rollover.labels() == {"first", "next"}
+
+
 def test_the_key_in_use_and_the_next_one_are_not_retired(rollover: Rollover) -> None:
     second = rollover.prepared()
     for thumbprint in (rollover.profile["key-thumbprint"], second):

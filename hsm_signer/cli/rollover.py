@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hsm_signer import assembly, rollover, validity
+from hsm_signer import assembly, rollover, toml, validity
 from hsm_signer.cli import enrol, exits, options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
 from hsm_signer.cli.key import destroy
 from hsm_signer.config import Settings
-from hsm_signer.errors import ConfigError, ProfileNotChangedError
+from hsm_signer.errors import ConfigError, KeyNotFoundError, ProfileNotChangedError
 from hsm_signer.hsm.uri import key_uri
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 group = typer.Typer(name="rollover", help="Change to the next key, step by step.", no_args_is_help=True)
 app.add_typer(group)
+
+_DROP_IT = "hsm-token rollover abandon drops it from the profile, and rollover prepare makes another"
 
 
 @group.command()
@@ -89,6 +91,9 @@ def status(settings: Settings, as_json: options.Json = False, retry_pin: options
     with assembly.open_token(settings, options.login(retry_pin)) as token:
         states = rollover.status(settings, token)
     rows = [state.as_dict(int(time.time())) for state in states]
+    for state in states:
+        if state.role == "next" and not state.on_token:
+            terminal.note(f"the next key was not found on the token; if it is lost: {_DROP_IT}")
     if as_json:
         terminal.json_result(rows)
         return
@@ -140,8 +145,12 @@ def try_next(settings: Settings, as_json: options.Json = False, retry_pin: optio
 
 def _attempt(settings: Settings, retry_pin: bool) -> "TokenResponse":
     client = assembly.token_client(rollover.following(settings), options.login(retry_pin), cached=False)
-    with terminal.working("asking the authorization server"):
-        return client.fetch()
+    try:
+        with terminal.working("asking the authorization server"):
+            return client.fetch()
+    except KeyNotFoundError as lost:
+        lost.hint = "; ".join(filter(None, (lost.hint, f"if it is lost: {_DROP_IT}")))
+        raise
 
 
 @group.command()
@@ -173,6 +182,27 @@ def switch(
         raise typer.Exit(exits.USAGE) from None  # a script must not go on to retire the key in use
     terminal.note(f"profile {profile} now uses the key {thumbprint}; the old key stays on the token")
     terminal.note("when it is needed no more: hsm-token rollover retire")
+
+
+@group.command()
+@options.configured()
+def abandon(settings: Settings) -> None:
+    """Drop the next key from the profile, as when it was lost; no key is deleted, no token needed.
+
+    What the profile said of it is shown, for it to be put back.
+
+    Example: hsm-token rollover abandon --profile das
+    """
+    path, profile = _profile(settings)
+    try:
+        said = rollover.abandon(path, profile, state_directory=assembly.state_directory(settings))
+    except ProfileNotChangedError as failed:
+        terminal.note(f"{failed}; nothing is abandoned before these lines are changed:")
+        terminal.result("\n".join(failed.lines))
+        raise typer.Exit(exits.USAGE) from None
+    terminal.note(f"profile {profile} has no next key any more; removed from {path}:")
+    terminal.copyable(f"{name} = {toml.text(value)}" for name, value in said.items())
+    terminal.note("where the key is on the token it stays: hsm-token key delete")
 
 
 @group.command()
