@@ -18,11 +18,9 @@ from hsm_signer.oauth.cache import TokenCache
 
 if TYPE_CHECKING:
     from hsm_signer.assertion import ClientAssertion
-    from hsm_signer.audit import Event
-    from hsm_signer.hsm.module import TokenInfo
+    from hsm_signer.audit import AuditLog
     from hsm_signer.hsm.signer import HsmSigner
     from hsm_signer.hsm.token import Token
-    from hsm_signer.jose import Signer
     from hsm_signer.oauth.client import TokenClient
     from hsm_signer.oauth.metadata import ServerMetadata
     from hsm_signer.oauth.transport import Transport
@@ -66,7 +64,12 @@ def open_token(settings: Settings, login: Login) -> "Iterator[Token]":
     from hsm_signer.hsm.token import open_token
 
     with open_token(
-        str(settings.token), module=module, pin=source, sessions=settings.sessions, verify=settings.verify
+        str(settings.token),
+        module=module,
+        pin=source,
+        sessions=settings.sessions,
+        verify=settings.verify,
+        audit=audit_log(settings),
     ) as token:
         yield token
 
@@ -83,52 +86,28 @@ def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
         yield signer
 
 
-def record(
-    settings: Settings,
-    event: "Event",
-    token: "TokenInfo | None",
-    *,
-    thumbprint: str | None,
-    aud: str | None = None,
-    jti: str | None = None,
-) -> None:
-    """Add a line to the audit log of the configured state directory."""
+def audit_log(settings: Settings) -> "AuditLog | None":
+    """The log of what the keys are used for, where the settings name one."""
+    if settings.audit_log is None:
+        return None
     from hsm_signer.audit import AuditLog
 
-    AuditLog(state_directory(settings)).append(
-        event,
-        serial=token.serial if token else None,
-        label=token.label if token else None,
-        thumbprint=thumbprint,
-        client_id=settings.client_id,
-        aud=aud,
-        jti=jti,
-    )
+    return AuditLog(settings.audit_log, syslog=settings.audit_syslog)
 
 
 def client_assertion(settings: Settings, endpoint: str) -> "ClientAssertion":
-    """The assertion of the configured client for a token endpoint; each that is signed is recorded."""
-    from hsm_signer.recorded_assertion import RecordedAssertion
+    """The assertion of the configured client for a token endpoint."""
+    from hsm_signer.assertion import ClientAssertion
 
     settings.require("client_id")
-    audience = settings.audience_for(endpoint)
-
-    def record_signed(signer: "Signer", jti: str | None) -> None:
-        from hsm_signer.hsm.signer import HsmSigner
-
-        token = signer.token_info if isinstance(signer, HsmSigner) else None
-        thumbprint = signer.verifies_under if isinstance(signer, HsmSigner) else signer.kid
-        record(settings, "assertion signed", token, thumbprint=thumbprint, aud=audience, jti=jti)
-
-    return RecordedAssertion(
+    return ClientAssertion(
         str(settings.client_id),
-        audience,
+        settings.audience_for(endpoint),
         lifetime=settings.lifetime,
         claims=settings.claims,  # type: ignore[arg-type]  # config.py takes no other text
         typ=settings.typ,
         kid=settings.kid,
         clock_offset=settings.clock_offset,
-        record=record_signed,
     )
 
 
@@ -247,5 +226,5 @@ def cache_directory(settings: Settings) -> Path:
 
 
 def state_directory(settings: Settings) -> Path:
-    """Where PIN markers and the audit log are kept."""
+    """Where PIN markers are kept."""
     return Path(settings.state_dir) if settings.state_dir else paths.state_directory()

@@ -1,8 +1,14 @@
-"""What the keys were used for: an append-only log, each line bound to the one before by its SHA-256.
+"""The audit log: what a private key is about to be used for, and how that ended, in lines bound by their hashes.
 
-Whoever can write the file can write another history; what they cannot do is keep the hash of the last line.
-So note it elsewhere now and then (``hsm-token audit head``) and hand it to :meth:`AuditLog.verify`. No line
-holds a PIN, a signature, an assertion or an access token: there is no parameter to pass one in.
+A use has two lines. The *intent* is on the disk before the token is asked; a log that cannot be written stops
+it. The *outcome* names its intent by ``of``. Each line has its number and the SHA-256 of the line before::
+
+    {"number":1,"previous":"000…","time":"…","intent":"assertion","serial":"61c5…","key":"0LVn…","jti":"…",…}
+    {"number":2,"previous":"5f2c…","time":"…","of":1,"outcome":"signed","answer":"accepted",…}
+
+What a signature is for is read from the bytes that get signed, so nobody can call it something else. No line
+holds a PIN, a signature, an assertion or an access token. Whoever can write the file can write another
+history; what they cannot do is keep the head that was noted elsewhere: see :meth:`AuditLog.verify`.
 """
 
 import errno
@@ -10,135 +16,206 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from hsm_signer import files
-from hsm_signer.errors import UnsafeFileError
+from hsm_signer.errors import AuditLogError, ConfigError, UnsafeFileError
+from hsm_signer.jose import unverified_claims
 from hsm_signer.locks import try_lock
 
-NAME = "audit.jsonl"
 START = "0" * 64  # what the first line names as the hash of the line before
-LOCK_WAIT = 5.0  # seconds; a line takes a few milliseconds
+LOCK_WAIT = 30.0  # seconds; a line takes a few milliseconds, and many may wait on a slow disk
+SYSLOG = "/dev/log"
+_SYSLOG_WAIT = 1.0  # seconds
+_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 5424 §6.2.1
 _TAIL = 64 * 1024  # bytes that surely hold the last line
 _MAX_VALUE = 1000  # characters
 
-Event = Literal[
-    "key generated", "key deleted", "certificate made", "certificate request made", "assertion signed"
-]
+# By how the bytes begin: what we sign names itself, DER its structure and version (RFC 5280 §4.1, RFC 2986 §4.1)
+_SEQUENCE = rb"(?s)\x30(?:[\0-\x7f]|\x81.|\x82..)"
+_PURPOSES = (
+    ("challenge", re.compile(rb"hsm-signer: challenge\0")),
+    ("test signature", re.compile(rb"hsm-signer: test signature\0")),
+    ("certificate", re.compile(_SEQUENCE + rb"\xa0\x03\x02\x01\x02")),
+    ("certificate request", re.compile(_SEQUENCE + rb"\x02\x01\x00")),
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Head:
-    """Where the log stands: how many events it holds, and the SHA-256 of the last line in hex."""
+    """Where a log stands: the number of its last line, and the SHA-256 of that line in hex."""
 
     count: int
     hash: str
 
+    def __str__(self) -> str:
+        return f"{self.count}:{self.hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Head":
+        """Read ``COUNT:HEAD``; :class:`ConfigError` for anything else."""
+        found = re.fullmatch(r"([0-9]{1,18}):([0-9a-fA-F]{64})", text.strip())
+        if found is None:
+            raise ConfigError(f"a head is COUNT:HEAD, as hsm-token audit head prints it, found {text!r}")
+        return cls(int(found[1]), found[2].lower())
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a walk along the chain found. ``torn``: how often a crash cut a line, and the next one says so."""
+    """What a walk along the chain found.
+
+    ``unanchored``: no head was given to compare with. ``torn``: how many lines crashes cut. ``open``: intents
+    without an outcome, of a process that ended in between or is not done yet. Neither is a finding.
+    """
 
     head: Head
     findings: tuple[str, ...]
+    unanchored: bool
     torn: int
+    open: tuple[int, ...]
 
 
 class AuditLog:
-    """The log in a directory of ours, shared by all processes of a user. ``clock``: Unix seconds."""
+    """The log in one file, shared by all processes that name it; hand it to :func:`hsm_signer.open_token`.
 
-    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self.path = directory / NAME
+    The file gets mode 0600 and lies in a directory of ours that nobody else can write; links are not followed.
+    ``syslog``: the socket of a syslog daemon that gets each head, a copy that whoever writes the file cannot
+    take back. ``clock``: Unix seconds. Safe from any thread, and after a fork.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        syslog: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = Path(path).absolute()
+        self._syslog = syslog
         self._clock = clock
 
-    def append(
-        self,
-        event: Event,
-        *,
-        serial: str | None = None,
-        label: str | None = None,
-        thumbprint: str | None = None,
-        client_id: str | None = None,
-        aud: str | None = None,
-        jti: str | None = None,
-    ) -> None:
-        """Add a line and sync it. A log that cannot be written is a warning: the work goes on.
+    def __repr__(self) -> str:
+        return f"AuditLog({str(self.path)!r})"
 
-        ``serial`` and ``label`` are the token's, ``thumbprint`` is the key's (RFC 7638).
-        """
-        when = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-        told = {
-            "serial": serial,
-            "label": label,
-            "key": thumbprint,
-            "client_id": client_id,
-            "aud": aud,
-            "jti": jti,
-        }
-        record = {"time": when, "event": event} | {
-            name: each[:_MAX_VALUE] for name, each in told.items() if each
-        }
+    def check(self) -> None:
+        """Raise :class:`AuditLogError` for a log that cannot be written, before a PIN is spent for nothing."""
         try:
             with self._locked() as descriptor:
-                self._write(descriptor, record)
+                _last(descriptor)
         except (OSError, UnsafeFileError) as exc:
-            log.warning("%r is not in the audit log %s: %s", event, self.path, exc)
+            raise self._unwritable(exc) from None
+
+    @contextmanager
+    def use(self, intent: str, *, done: str, **facts: str | None) -> Iterator[dict[str, object]]:
+        """Write the intent, and after the block the outcome: ``done``, or ``failed`` with the error's class.
+
+        The block may put more into the outcome. Raises :class:`AuditLogError`, before the block too.
+        """
+        with self._outcome() as outcome:
+            outcome |= {"of": self._append({"intent": intent, **facts}), "outcome": "failed"}
+            yield outcome
+            outcome["outcome"] = done
+
+    @contextmanager
+    def signing(self, data: bytes, **facts: str | None) -> Iterator[None]:
+        """:meth:`use` for a signature over ``data``; of an assertion in an :meth:`errand` that has the outcome."""
+        described = _described(data) | facts
+        endpoint, answer = _ERRAND.get() if described["intent"] == "assertion" else (None, None)
+        with self._outcome() as outcome:
+            outcome |= {"of": self._append(described | {"endpoint": endpoint}), "outcome": "failed"}
+            yield
+            outcome["outcome"] = "signed"
+            if answer is not None:
+                answer |= outcome
+                outcome.clear()
+
+    @contextmanager
+    def errand(self, endpoint: str) -> Iterator[dict[str, object]]:
+        """In the block an assertion is signed for this endpoint, and what is put into the outcome is the answer.
+
+        It goes past ``Signer.sign(bytes)``, which knows of no servers.
+        """
+        with self._outcome() as outcome:
+            before = _ERRAND.set((endpoint, outcome))
+            try:
+                yield outcome
+            finally:
+                _ERRAND.reset(before)
+
+    @contextmanager
+    def _outcome(self) -> Iterator[dict[str, object]]:
+        """Write what is in it after the block, if an intent is; what went wrong in the block matters more."""
+        outcome: dict[str, object] = {}
+        try:
+            yield outcome
+        except BaseException as exc:
+            outcome["error"] = type(exc).__name__
+            code = getattr(exc, "code", None)
+            if outcome.get("of") is not None:
+                try:
+                    self._append(outcome | {"code": code if isinstance(code, str) else None})
+                except AuditLogError as also:
+                    log.warning("%s", also)
+            raise
+        if outcome:
+            self._append(outcome)
 
     def head(self) -> Head:
-        """Count the events and hash the last line; raises ``OSError`` or :class:`UnsafeFileError`."""
-        return self.verify().head
+        """The head as the last whole line has it, unverified; raises ``OSError`` and :class:`ConfigError`."""
+        with files.open_regular(self.path) as file:
+            return _last(file.fileno())[0]
 
-    def verify(self, head: str | None = None) -> Verdict:
-        """Walk along the chain. ``head``: a hash noted earlier, which must be on it.
+    def verify(self, expect: Head | None = None) -> Verdict:
+        """Walk along the chain. ``expect``: a head noted earlier, which the line of that number must have.
 
-        Changed, inserted and removed lines show in the line after them. Lines cut off at the end, and a
-        history that was written anew, show by ``head`` alone. Raises ``OSError`` or :class:`UnsafeFileError`.
+        Changed, missing, inserted and reordered lines show in the line after them. Lines cut off at the end,
+        and a history that was written anew, show by ``expect`` alone. Raises ``OSError`` and
+        :class:`ConfigError` where the file cannot be read.
         """
         findings: list[str] = []
-        count, torn, last, scraps = 0, 0, START, list[bytes]()
-        seen = head in (None, START)
-        for number, line in enumerate(self._lines(), 1):
-            record = _record(line)
-            if record is None:
-                scraps.append(line)
-                continue
-            if record.get("torn") != (_hash(*scraps) if scraps else None):
-                findings.append(f"line {number} does not tell of the same torn line before it as the file")
-            if record["previous"] != last:
-                findings.append(f"lines before line {number} were changed, removed or inserted")
-            count, torn, last, scraps = count + 1, torn + bool(scraps), _hash(line), []
-            seen = seen or last == head
-        if scraps:
-            findings.append("the last line is incomplete: torn by a crash, or cut")
-        if not seen:
-            findings.append(f"{head} is not on the chain: lines were cut off, or this is another history")
-        return Verdict(Head(count, last), tuple(findings), torn)
-
-    def _lines(self) -> Iterator[bytes]:
-        try:
-            with files.open_regular(self.path) as file:
-                yield from (line.removesuffix(b"\n") for line in file)
-        except FileNotFoundError:
-            return
+        head, torn, pending, scraps = Head(0, START), 0, set[int](), list[bytes]()
+        anchored = expect in (None, head)
+        with files.open_regular(self.path) as file:
+            for at, line in enumerate((each.removesuffix(b"\n") for each in file), 1):
+                record = _record(line)
+                if record is None:
+                    scraps.append(line)
+                    continue
+                if record.get("torn") != (_hash(*scraps) if scraps else None):
+                    findings.append(f"line {at} does not tell of the same torn line before it as the file")
+                if (record["number"], record["previous"]) != (head.count + 1, head.hash):
+                    findings.append(f"lines before line {at} were changed, removed, inserted or moved")
+                head, torn, scraps = Head(record["number"], _hash(line)), torn + bool(scraps), []
+                anchored = anchored or head == expect
+                if "intent" in record:
+                    pending.add(head.count)
+                elif type(begun := record.get("of")) is int and begun in pending:
+                    pending.remove(begun)
+                else:
+                    findings.append(f"line {at} is the outcome of nothing that was begun")
+        if not anchored:
+            findings.append(f"no line is {expect}: lines were cut off, or this is another history")
+        return Verdict(head, tuple(findings), expect is None, torn + bool(scraps), tuple(sorted(pending)))
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
         with files.private_directory(self.path.parent, forbidden=files.UNTOUCHED) as directory:
             deadline = time.monotonic() + LOCK_WAIT
-            while (lock := try_lock(directory, "audit.lock")) is None:
+            while (lock := try_lock(directory, f"{self.path.name}.lock")) is None:
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"another process has held its lock for {LOCK_WAIT:.0f} seconds")
                 time.sleep(0.005)
             try:
-                descriptor = directory.open_to_change(NAME)
+                descriptor = directory.open_to_change(self.path.name, append=True)
                 try:
                     yield descriptor
                 finally:
@@ -146,32 +223,105 @@ class AuditLog:
             finally:
                 lock.release()
 
-    def _write(self, descriptor: int, record: dict[str, str]) -> None:
-        size = os.lseek(descriptor, 0, os.SEEK_END)
-        os.lseek(descriptor, max(0, size - _TAIL), os.SEEK_SET)
-        tail = os.read(descriptor, _TAIL)
-        lines = tail.removesuffix(b"\n").split(b"\n") if tail else []
-        at = next((index for index in reversed(range(len(lines))) if _record(lines[index])), -1)
-        links = {"previous": _hash(lines[at]) if at >= 0 else START}
-        if lines[at + 1 :]:
-            links["torn"] = _hash(*lines[at + 1 :])
-        line = json.dumps(links | record, separators=(",", ":")).encode() + b"\n"
-        if tail and not tail.endswith(b"\n"):
-            line = b"\n" + line
-        if os.write(descriptor, line) < len(line):
+    def _append(self, facts: dict[str, Any]) -> int:
+        """Add a line and sync it; its number."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock()))
+        cut = {name: each[:_MAX_VALUE] if isinstance(each, str) else each for name, each in facts.items()}
+        record = {"time": when} | {name: each for name, each in cut.items() if each is not None}
+        try:
+            with self._locked() as descriptor:
+                head = self._write(descriptor, record)
+        except (OSError, UnsafeFileError) as exc:
+            raise self._unwritable(exc, used="of" in facts) from None
+        if self._syslog is not None:
+            self._send(self._syslog, head)
+        return head.count
+
+    def _write(self, descriptor: int, record: dict[str, Any]) -> Head:
+        last, scraps, is_open = _last(descriptor)
+        links: dict[str, object] = {"number": last.count + 1, "previous": last.hash}
+        if scraps:
+            links["torn"] = _hash(*scraps)
+        line = json.dumps(links | record, separators=(",", ":")).encode()
+        written = b"\n" * is_open + line + b"\n"
+        if os.write(descriptor, written) < len(written):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
-        if not size:
+        if last.count == 0:
             files.sync_directory(self.path.parent)
+        return Head(last.count + 1, _hash(line))
+
+    def _send(self, address: str, head: Head) -> None:
+        """Hand a head to syslog. The file is the log: that a copy is lost is a warning, and the next tells more."""
+        import socket
+
+        text = f"<{_AUTHPRIV_INFO}>hsm-token[{os.getpid()}]: audit log {self.path}: {head}"
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+                syslog.settimeout(_SYSLOG_WAIT)
+                syslog.sendto(text.encode(errors="backslashreplace"), address)
+        except OSError as exc:
+            log.warning("the head of the audit log did not reach syslog at %s: %s", address, exc)
+
+    def _unwritable(self, exc: OSError | UnsafeFileError, *, used: bool = False) -> AuditLogError:
+        why = str(exc.strerror or exc) if isinstance(exc, OSError) else str(exc)
+        hint = exc.hint if isinstance(exc, UnsafeFileError) else None
+        if used:
+            return AuditLogError(
+                f"the audit log {self.path} has the intent, and the outcome cannot be written: {why}",
+                hint=hint or "the key was used, and nothing of it is handed out",
+            )
+        return AuditLogError(
+            f"the key is not used, since the audit log {self.path} cannot be written: {why}",
+            hint=hint or "mend that, or name another file by audit-log",
+        )
+
+
+# the endpoint that an assertion is signed for, and the outcome that the answer goes into
+_ERRAND: ContextVar[tuple[str | None, dict[str, object] | None]] = ContextVar("errand", default=(None, None))
+
+
+def _described(data: bytes) -> dict[str, str | None]:
+    """What it is that gets signed, as far as the bytes show it."""
+    digest = hashlib.sha256(data).hexdigest()
+    claims = unverified_claims(data.decode("ascii", "replace"))
+    if claims is None:
+        return {
+            "intent": next((name for name, start in _PURPOSES if start.match(data)), "other"),
+            "sha256": digest,
+        }
+    shown = {name: value for name in ("iss", "aud", "jti") if isinstance(value := claims.get(name), str)}
+    intent = "assertion" if {"iss", "aud"} <= shown.keys() else "JWS"
+    return {"intent": intent, **shown, "sha256": None if "jti" in shown else digest}
+
+
+def _last(descriptor: int) -> tuple[Head, list[bytes], bool]:
+    """The last whole line, what a crash left after it, and whether that lacks its newline."""
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    os.lseek(descriptor, max(0, size - _TAIL), os.SEEK_SET)
+    tail = os.read(descriptor, _TAIL)
+    lines = tail.removesuffix(b"\n").split(b"\n") if tail else []
+    at = next((index for index in reversed(range(len(lines))) if _record(lines[index])), -1)
+    record = _record(lines[at]) if lines else None
+    first = b'{"number":1,'
+    if record is None and (size > _TAIL or tail[: len(first)] != first[:size]):
+        raise UnsafeFileError("it does not end as a log of ours does", hint="name a file for it alone")
+    last = Head(record["number"], _hash(lines[at])) if record else Head(0, START)
+    return last, lines[at + 1 :], bool(tail) and not tail.endswith(b"\n")
 
 
 def _hash(*lines: bytes) -> str:
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
 
 
-def _record(line: bytes) -> dict[str, object] | None:
+def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("previous"), str) else None
+    is_ours = (
+        isinstance(record, dict)
+        and type(record.get("number")) is int
+        and isinstance(record.get("previous"), str)
+    )
+    return record if is_ours else None

@@ -110,6 +110,15 @@ def _timeout(value: object) -> tuple[float, float]:
     return _seconds(both[0]), _seconds(both[1])
 
 
+def _syslog(value: object) -> str | None:
+    """``true`` for where syslog daemons listen."""
+    if type(value) is bool:
+        from hsm_signer.audit import SYSLOG
+
+        return SYSLOG if value else None
+    return _text(value)
+
+
 def _kid(value: object) -> bool | str:
     return value if type(value) is bool else _text(value)
 
@@ -171,6 +180,10 @@ class Settings:
     )
     proxy: str | None = _setting(_text, "URL of an HTTP proxy", option=True)
 
+    audit_log: str | None = _setting(
+        _text, "file that gets two lines for each use of a private key", option=True, path=True
+    )
+
     preset: str | None = _setting(_preset, f"values of a known service: {', '.join(PRESETS)}")
     kid: bool | str = _setting(
         _kid, "true: kid is the thumbprint; a text: the kid that the server gave", default=False
@@ -184,7 +197,12 @@ class Settings:
     sessions: int = _setting(_integer, "sessions that sign in parallel", default=1)
     key_thumbprint: str | None = _setting(_text, "RFC 7638 thumbprint that the key must have")
     cache: str | None = _setting(_text, "directory of cached access tokens", path=True)
-    state_dir: str | None = _setting(_text, "directory of PIN markers and the audit log", path=True)
+    state_dir: str | None = _setting(_text, "directory of PIN markers", path=True)
+    audit_syslog: str | None = _setting(
+        _syslog,
+        "true: syslog gets each head of the audit log; a text: its socket, if not /dev/log",
+        path=True,
+    )
     certificate: str | None = _setting(_text, "file of the registered certificate", path=True)
     next_key: str | None = _setting(_text, "the key after this one, while a rollover is under way")
     next_key_thumbprint: str | None = _setting(_text, "RFC 7638 thumbprint of the next key")

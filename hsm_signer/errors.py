@@ -5,6 +5,7 @@
     HsmSignerError                  .hint
     ├── ConfigError                 a setting, a file or an argument is wrong
     │   ├── UnsafeFileError         another user could have written it, or could read it
+    │   ├── AuditLogError           the audit log cannot be written, so the key is not used
     │   └── ProfileNotChangedError  a person has to change the profile        .lines
     ├── TokenError                  module, slot, token or session            .code
     │   ├── ModuleError             the module does not load or start
@@ -49,6 +50,10 @@ class ConfigError(HsmSignerError):
 
 class UnsafeFileError(ConfigError):
     """A file or directory is not one to trust: its kind, owner, mode or size."""
+
+
+class AuditLogError(ConfigError):
+    """The audit log cannot be written: the key is not used, or what it made is not handed out."""
 
 
 class ProfileNotChangedError(ConfigError):

@@ -160,14 +160,15 @@ class PrivateDirectory:
         """Put a file of this mode in the place of ``name`` in one step."""
         replace(self._name(name), content, mode=mode, dir_fd=self._descriptor)
 
-    def open_to_change(self, name: str) -> int:
+    def open_to_change(self, name: str, *, append: bool = False) -> int:
         """Open a file of ours to lock it or write into it, made where it is missing.
 
-        The caller closes the descriptor.
+        ``append``: whatever is written goes to its end. The caller closes the descriptor.
         """
         path = self._name(name)
+        flags = _CHANGE | (os.O_APPEND if append else 0)
         try:
-            descriptor = os.open(path, _CHANGE, 0o600, dir_fd=self._descriptor)
+            descriptor = os.open(path, flags, 0o600, dir_fd=self._descriptor)
         except OSError as exc:
             raise _judged(path, exc, stat.S_ISREG, "a regular file", self._descriptor) from None
         try:

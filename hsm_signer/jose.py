@@ -5,13 +5,15 @@ RFC 7515 (JWS), RFC 7517 (JWK), RFC 7518 §3.4 and §6.2 (ES256, EC keys), RFC 7
 
 import hashlib
 import json
-from base64 import b64encode
+import re
+from base64 import b64encode, urlsafe_b64decode
 from binascii import b2a_base64
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from hsm_signer.errors import ConfigError
 
+_JWS = re.compile(r"[A-Za-z0-9_-]+\.([A-Za-z0-9_-]+)(?:\.[A-Za-z0-9_-]+)?")
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -53,6 +55,16 @@ def sign_compact(header: Mapping[str, object], claims: Mapping[str, object], sig
 def signed(signing_input: str, signer: Signer) -> str:
     """``signing_input`` (RFC 7515 §2), a dot and its signature."""
     return f"{signing_input}.{b64url(signer.sign(signing_input.encode('ascii')))}"
+
+
+def unverified_claims(jws: str) -> dict[str, Any] | None:
+    """What a compact JWS, or its signing input, says; ``None`` for what has no claims. Nothing is verified."""
+    match = _JWS.fullmatch(jws)
+    try:
+        claims = json.loads(urlsafe_b64decode(match[1] + "==")) if match else None
+    except (ValueError, RecursionError):
+        return None
+    return claims if isinstance(claims, dict) else None
 
 
 def jwk_set(signer: Signer, certificate: bytes | None = None) -> dict[str, list[dict[str, object]]]:

@@ -21,7 +21,7 @@ def config_file() -> Path:
 
 
 def state_directory() -> Path:
-    """The user's state: the PIN markers and their locks, the audit log."""
+    """The user's state: the PIN markers and their locks, and by default the audit log."""
     return _of_the_user("state")
 
 

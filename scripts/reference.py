@@ -36,6 +36,7 @@ PUBLIC = {  # what programs may rely on, of a class with () its constructor; the
     "hsm_signer.oauth.auth": ("BearerAuth",),
     "hsm_signer.oauth.httpx_auth": ("HttpxBearerAuth()",),
     "hsm_signer.oauth.transport": ("Transport()",),
+    "hsm_signer.audit": ("AuditLog", "Head", "Verdict"),
     "hsm_signer.verify": ("AccessTokenVerifier", "VerifiedToken", "issuer_keys", "jwks_url", "jwks_file"),
     "hsm_signer.x509": ("self_signed", "request", "read_certificate", "read_certificates", "Certificate"),
     "hsm_signer.jose": ("Signer", "sign_compact", "thumbprint", "jwk_set", "b64url"),
@@ -195,6 +196,8 @@ def _parameters(arguments: ast.arguments) -> Iterator[str]:
         yield "*"
     for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         yield _parameter(each, default)
+    if arguments.kwarg:
+        yield f"**{_parameter(arguments.kwarg, None)}"
 
 
 def _parameter(argument: ast.arg, default: ast.expr | None) -> str:

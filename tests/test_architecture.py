@@ -39,7 +39,7 @@ FLOORS = [
     {"url", "jose", "files", "distinguished_name", "toml"},
     {"ecdsa", "locks"},
     {"verification", "assertion", "paths", "profile_file"},
-    {"x509", "pin_guard", "audit", "recorded_assertion"},
+    {"x509", "pin_guard", "audit"},
     {"pin"},
     {"hsm", "oauth"},
     {"config"},

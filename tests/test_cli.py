@@ -171,6 +171,8 @@ def test_config_init_writes_a_private_file_that_works(office, tmp_path):
     source = {"HSM_TOKEN_PIN_SOURCE": f"file:{office.home}/pin"}
     done = office.run("fetch", "--no-cache", "--config", str(target), environment=source)
     assert (done.status, done.stderr) == (0, "")
+    count, _, _ = office.run("audit", "head", "--config", str(target)).stdout.partition(":")
+    assert int(count) >= 2
     again = office.run("config", "init", "--config", str(target), *options)
     assert (again.status, again.lines[0].endswith("nothing is overwritten")) == (2, True)
 
@@ -382,7 +384,8 @@ def test_config_init_reads_the_environment_and_names_no_variable_that_is_not_rea
     )
     assert done.status == 0
     profile = tomllib.loads(target.read_text())["profiles"]["das"]
-    assert profile == {"client-id": "from-variable", "scope": "b"}
+    log = str(office.home / "state/hsm-token/audit.jsonl")
+    assert profile == {"client-id": "from-variable", "scope": "b", "audit-log": log}
     shown = office.run("config", "init", "--help").stdout
     assert "HSM_TOKEN_CLIENT_ID" in shown
     assert "HSM_TOKEN_PRESET" not in shown

@@ -1,5 +1,6 @@
 """``softhsm-setup`` in a copy of the checkout; installing aside, everything is real."""
 
+import json
 import os
 import re
 import shutil
@@ -93,11 +94,15 @@ def test_setup_pins_key_and_token_and_keeps_everything_private(checkout: Path, r
     assert re.fullmatch(r"[\w-]{43}", found["key-thumbprint"])
     assert re.fullmatch(r"pkcs11:token=demo;serial=[0-9a-f]{16}", found["token"])
     assert found["module-env"]["SOFTHSM2_CONF"] == str(checkout / ".softhsm/softhsm2.conf")
-    for path in ("hsm-token.toml", ".softhsm/pin", ".softhsm/so-pin"):
+    for path in ("hsm-token.toml", ".softhsm/pin", ".softhsm/so-pin", found["audit-log"]):
         assert (checkout / path).stat().st_mode & 0o777 == 0o600
     assert (checkout / ".softhsm").stat().st_mode & 0o777 == 0o700
     certificate = x509.load_pem_x509_certificate((checkout / found["certificate"]).read_bytes())
     assert certificate.subject.rfc4514_string() == "CN=das-api-auth private_key_jwt authentication"
+
+    log = (checkout / found["audit-log"]).read_text()
+    intents = [json.loads(line).get("intent") for line in log.splitlines()]
+    assert {"key generation", "certificate"} <= set(intents)
 
     before = (checkout / "hsm-token.toml").read_bytes()
     assert "already" in run().stdout

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hsm_signer import assembly
-from hsm_signer.audit import AuditLog
+from hsm_signer.audit import AuditLog, Head, Verdict
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, VerificationError
@@ -18,59 +17,77 @@ app.add_typer(audit)
 
 
 @audit.command()
-@options.configured()
+@options.configured("audit_log")
 def head(settings: Settings, as_json: options.Json = False) -> None:
-    """Print how many events the log holds, and the hash of its last line; note it elsewhere.
+    """Print COUNT:HEAD, the number of the last line and its hash; note it elsewhere.
 
-    Example: hsm-token audit head
+    Example: hsm-token audit head --profile das
     """
-    with _readable(settings) as log:
+    with _log(settings) as log:
         found = log.head()
-    if as_json:
-        terminal.json_result({"count": found.count, "hash": found.hash})
-    else:
-        terminal.table(("events", "hash"), [(str(found.count), found.hash)])
+    terminal.json_result(found) if as_json else terminal.result(str(found))
 
 
 @audit.command()
-@options.configured()
+@options.configured("audit_log")
 def verify(
     settings: Settings,
-    noted: Annotated[
+    expect: Annotated[
         str | None,
-        typer.Option("--head", help="A hash noted earlier, which must be on the chain.", show_default=False),
+        typer.Option(
+            metavar="COUNT:HEAD", help="A head noted earlier, which the log must have.", show_default=False
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check that no line of the log was changed, removed or inserted. Exit 8: something was found.
+    """Check that no line of the log was changed, removed or moved. Exit 8: something was found.
 
-    Only a hash that was noted elsewhere shows that lines were cut off at the end.
+    Only a head that was noted elsewhere shows lines that were cut off at the end, and another history.
 
-    Example: hsm-token audit verify --head 61c5d6a9…
+    Example: hsm-token audit verify --profile das --expect "$(ssh safe cat head)"
     """
-    with _readable(settings) as log:
-        verdict = log.verify(None if noted is None else noted.lower())
-    findings = list(verdict.findings)
+    noted = None if expect is None else Head.parse(expect)
+    with _log(settings) as log:
+        verdict = _verdict(log, noted)
     if as_json:
         terminal.json_result(
             {
                 "count": verdict.head.count,
                 "hash": verdict.head.hash,
+                "anchored": not verdict.unanchored,
                 "torn": verdict.torn,
-                "findings": findings,
+                "open": verdict.open,
+                "findings": verdict.findings,
             }
         )
     else:
-        terminal.table(("events", "hash"), [(str(verdict.head.count), verdict.head.hash)])
+        terminal.result(str(verdict.head))
     if verdict.torn:
-        terminal.note(f"{verdict.torn} lines were torn by crashes; later lines account for them")
-    if findings:
-        raise VerificationError(f"audit log {log.path}: {'; '.join(findings)}")
+        terminal.note(f"lines torn by crashes: {verdict.torn}")
+    if verdict.open:
+        numbers = ", ".join(map(str, verdict.open))
+        terminal.note(f"uses without an outcome, of a process that ended in between or is at work: {numbers}")
+    if verdict.unanchored:
+        terminal.note(
+            "the end is not anchored: lines cut off there, or another history, show by --expect alone"
+        )
+    if verdict.findings:
+        raise VerificationError(f"audit log {log.path}: {'; '.join(verdict.findings)}")
+
+
+def _verdict(log: AuditLog, noted: Head | None) -> Verdict:
+    try:
+        return log.verify(noted)
+    except FileNotFoundError:
+        raise VerificationError(
+            f"there is no audit log {log.path}: it was removed, or no key was used yet"
+        ) from None
 
 
 @contextmanager
-def _readable(settings: Settings) -> Iterator[AuditLog]:
-    log = AuditLog(assembly.state_directory(settings))
+def _log(settings: Settings) -> Iterator[AuditLog]:
+    settings.require("audit_log")
+    log = AuditLog(str(settings.audit_log))
     try:
         yield log
     except OSError as unreadable:

@@ -57,7 +57,6 @@ def self_signed(
         signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
         not_before = int(time.time()) - validity.BACKDATED
         der = x509.self_signed(signer, common_name=name, subject=subject, not_before=not_before, days=days)
-        assembly.record(settings, "certificate made", token.info, thumbprint=signer.kid)
         if store:
             store_certificate(token, str(settings.key), der)
     write(out, pem("CERTIFICATE", der))
@@ -83,7 +82,6 @@ def request(
     require_free(out)
     with assembly.open_signer(settings, options.login(retry_pin)) as signer:
         der = x509.request(signer, common_name=name, subject=subject)
-        assembly.record(settings, "certificate request made", signer.token_info, thumbprint=signer.kid)
     write(out, pem("CERTIFICATE REQUEST", der))
 
 

@@ -3,10 +3,11 @@
 import json
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import typer
 
-from hsm_signer import files, toml
+from hsm_signer import files, paths, toml
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import (
     PRESETS,
@@ -31,6 +32,7 @@ SERVICES = {
     "fapi2": "a server with the FAPI 2.0 security profile",
 }
 OTHER = "another one"
+AUDIT_LOG = "audit.jsonl"  # in the state directory
 HEAD = """\
 # hsm-token: one table a profile. Options and environment variables override what stands here.
 # Never a PIN in here: pin-source says where it comes from.
@@ -91,7 +93,10 @@ def init(settings: Mapping[str, str | None]) -> None:
         raise ConfigError(
             f"{target} exists; nothing is overwritten", hint="add a [profiles.NAME] to it by hand"
         )
-    given = {name: settings[name] for name in ASKED}
+    given = {name: settings[name] for name in (*ASKED, "audit_log")}
+    if not given["audit_log"]:
+        with suppress(ConfigError):  # a user without a home
+            given["audit_log"] = str(paths.state_directory() / AUDIT_LOG)
     check(given)
     text = _document(settings["profile"] or "default", _asked(given) if terminal.somebody_there() else given)
     try:

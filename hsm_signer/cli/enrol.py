@@ -82,10 +82,6 @@ def make(
             now=int(time.time()),
             thumbprint=pinned,
         )
-    thumbprint = made.certificate.thumbprint
-    if generated:
-        assembly.record(settings, "key generated", token.info, thumbprint=thumbprint)
-    assembly.record(settings, "certificate made", token.info, thumbprint=thumbprint)
     if made.certificate.thumbprint == in_use:
         raise ConfigError(f"{key} is the key in use", hint="give the next key another label")
     if store:

@@ -58,7 +58,6 @@ def generate(
     ):
         token.require_own(wanted)
         made = token.generate_key(wanted.object, id=identifier)
-        assembly.record(settings, "key generated", token.info, thumbprint=made.thumbprint)
     terminal.json_result(made) if as_json else terminal.result(str(made.thumbprint))
 
 
@@ -168,7 +167,7 @@ def delete(
 
 
 def destroy(settings: Settings, token: "Token", thumbprint: str, key: str | None = None) -> None:
-    """Destroy a key that no profile uses, record it, and tell a person."""
+    """Destroy a key that no profile uses, and tell a person."""
     left: ProfileNotChangedError | None = None
     try:
         rollover.destroy(
@@ -181,7 +180,6 @@ def destroy(settings: Settings, token: "Token", thumbprint: str, key: str | None
         )
     except ProfileNotChangedError as failed:  # only after the key is gone
         left = failed
-    assembly.record(settings, "key deleted", token.info, thumbprint=thumbprint)
     terminal.note(f"destroyed the key {thumbprint}")
     if left:
         enrol.show_lines(left)

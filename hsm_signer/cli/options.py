@@ -19,7 +19,7 @@ from hsm_signer.text import shown
 if TYPE_CHECKING:
     from hsm_signer.assembly import Login
 
-TOKEN = ("module", "token", "pin_source")
+TOKEN = ("module", "token", "pin_source", "audit_log")
 KEY = (*TOKEN, "key")
 ASSERTION = ("client_id", "token_endpoint", "issuer", "audience", "lifetime", "claims")
 OAUTH = (*ASSERTION, "scope", "ca_bundle", "proxy")

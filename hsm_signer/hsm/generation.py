@@ -28,6 +28,7 @@ from hsm_signer.hsm import keys, proof
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
 from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.sessions import Lane
 from hsm_signer.hsm.uri import Uri, checked_label
 
 log = logging.getLogger(__name__)
@@ -69,27 +70,30 @@ _TEMPLATE_REFUSED = (
 )
 
 
-def generate(login: Login, label: str, key_id: bytes | None) -> KeyInfo:
+def generate(lane: Lane, label: str, key_id: bytes | None) -> KeyInfo:
     """Generate, read back, try out; what fails the policy is destroyed."""
     checked_label(label, "key")
     if key_id is not None and not (isinstance(key_id, bytes) and key_id):
         raise ConfigError("the CKA_ID of a key is bytes, at least one")
     chosen = secrets.token_bytes(16) if key_id is None else key_id
+    login, uri = lane.login, Uri(object=label, id=chosen)
     with login.writable() as session:
         _require_free(session, Uri(object=label), login)
         _require_free(session, Uri(id=chosen), login)
-        try:
-            _generate_pair(session, label, chosen)
-            key = keys.find_key(session, Uri(object=label, id=chosen), login)
-            _judge(key)
-            point = keys.require_proof(login, key)
-            if len(keys.find_keys(session, Uri(object=label), login)) > 1:  # another process was as fast
-                raise _taken(Uri(object=label))
-        except (HsmSignerError, *FOREIGN):
-            _destroy(login, label, chosen)
-            raise
+        with lane.use("key generation", None, str(uri)) as outcome:
+            try:
+                _generate_pair(session, label, chosen)
+                key = keys.find_key(session, uri, login)
+                _judge(key)
+                info = key.info(keys.require_proof(lane, key))
+                if len(keys.find_keys(session, Uri(object=label), login)) > 1:  # another process was as fast
+                    raise _taken(Uri(object=label))
+            except (HsmSignerError, *FOREIGN):
+                _destroy(login, label, chosen)
+                raise
+            outcome["key"] = info.thumbprint
     log.info("key %s generated", key.name)
-    return key.info(point)
+    return info
 
 
 def _require_free(session: Any, uri: Uri, login: Login) -> None:  # noqa: ANN401

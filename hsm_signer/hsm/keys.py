@@ -8,7 +8,7 @@ under it.
 import hashlib
 import secrets
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -79,7 +79,7 @@ _NOT_FOR_SIGNING = frozenset(
         "CKR_MECHANISM_INVALID",
     }
 )
-_CHALLENGE_PREFIX = b"hsm-signer: which key is it?\0"
+_CHALLENGE_PREFIX = b"hsm-signer: challenge\0"  # by which the audit log knows it
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def _sign(login: Login, key: FoundKey, mechanism: Mechanism, data: bytes) -> byt
         return bytes(sign(pin=pin.text))
 
 
-def proved_point(login: Login, key: FoundKey, points: Iterable[bytes]) -> bytes | None:
+def proved_point(lane: Lane, key: FoundKey, points: Iterable[bytes]) -> bytes | None:
     """The point under which a fresh random challenge, signed by the private key, verifies."""
     from hsm_signer.verification import PublicKey
 
@@ -354,7 +354,8 @@ def proved_point(login: Login, key: FoundKey, points: Iterable[bytes]) -> bytes 
         return None
     challenge = _CHALLENGE_PREFIX + secrets.token_bytes(32)
     try:
-        signature = ecdsa.raw_from_device(sign_es256(login, key, challenge))
+        with _audited(lane, key, candidates, challenge):
+            signature = ecdsa.raw_from_device(sign_es256(lane.login, key, challenge))
     except SignatureError:
         return None
     for point in candidates:
@@ -366,10 +367,19 @@ def proved_point(login: Login, key: FoundKey, points: Iterable[bytes]) -> bytes 
     return None
 
 
-def point_if_proved(login: Login, key: FoundKey) -> bytes | None:
+def _audited(
+    lane: Lane, key: FoundKey, candidates: list[bytes], challenge: bytes
+) -> AbstractContextManager[None]:
+    if lane.audit is None:
+        return nullcontext()
+    own = thumbprint(ecdsa.jwk_from_point(candidates[0])) if len(candidates) == 1 else None
+    return lane.audit.signing(challenge, serial=lane.login.info.serial, key=own, object=key.name)
+
+
+def point_if_proved(lane: Lane, key: FoundKey) -> bytes | None:
     """The key's public half, proved; ``None`` also if the key, or we without its PIN, cannot sign."""
     try:
-        return proved_point(login, key, public_points(key))
+        return proved_point(lane, key, public_points(key))
     except PinRefusedError:
         return None
     except PKCS11Error as exc:
@@ -378,11 +388,11 @@ def point_if_proved(login: Login, key: FoundKey) -> bytes | None:
         raise
 
 
-def require_proof(login: Login, key: FoundKey) -> bytes:
+def require_proof(lane: Lane, key: FoundKey) -> bytes:
     """The key's public half, proved; :class:`KeyMismatchError` if what lies beside it is not its own."""
     require_p256(key)
     points = public_points(key)
-    point = proved_point(login, key, points)
+    point = proved_point(lane, key, points)
     if point is None:
         raise not_its_own(key, len(points))
     return point
@@ -406,11 +416,11 @@ def not_its_own(key: FoundKey, count: int) -> HsmSignerError:
     )
 
 
-def described(login: Login, key: FoundKey) -> KeyInfo:
+def described(lane: Lane, key: FoundKey) -> KeyInfo:
     """A key for a list: what cannot be proved is left out, not an error."""
     if key.curve not in ("P-256", "unknown") or key.flags.get("sign") is False:
         return key.info(None)
     certificates = certificates_beside(key)
-    point = point_if_proved(login, key)
+    point = point_if_proved(lane, key)
     own = (der for der, its in certificates if its == point and point is not None)
     return key.info(point, next(own, None))

@@ -16,23 +16,24 @@ from hsm_signer.hsm import keys
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey
 from hsm_signer.hsm.login import Login
+from hsm_signer.hsm.sessions import Lane
 from hsm_signer.hsm.uri import Uri, checked_label
 from hsm_signer.jose import thumbprint as thumbprint_of
 
 log = logging.getLogger(__name__)
 
 
-def certificates(session: Any, login: Login, uri: Uri) -> list[bytes]:  # noqa: ANN401
+def certificates(lane: Lane, uri: Uri) -> list[bytes]:
     """The certificates, in DER, that hold the key's proved public half."""
-    key = keys.find_key(session, uri, login)
+    key = keys.find_key(lane.session, uri, lane.login)
     beside = keys.certificates_beside(key)
     if not beside:
         return []
-    point = keys.require_proof(login, key)
+    point = keys.require_proof(lane, key)
     return [der for der, its in beside if its == point]
 
 
-def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None, *, replace: bool) -> int:
+def store_certificate(lane: Lane, uri: Uri, der: bytes, label: str | None, *, replace: bool) -> int:
     """Write one certificate object under the key's CKA_ID (PKCS#11 v3.1 §4.6.3); the number of others.
 
     With ``replace`` they are destroyed, once the new one is there.
@@ -43,9 +44,9 @@ def store_certificate(login: Login, uri: Uri, der: bytes, label: str | None, *, 
         raise ConfigError("a certificate is stored in DER, but this one is in PEM")
     if label is not None:
         checked_label(label, "certificate")
-    with login.writable() as session:
-        key = keys.find_key(session, uri, login)
-        point = keys.require_proof(login, key)
+    with lane.login.writable() as session:
+        key = keys.find_key(session, uri, lane.login)
+        point = keys.require_proof(lane, key)
         if keys.point_of_certificate(der) != point:
             raise KeyMismatchError(f"the certificate does not hold the public half of key {key.name}")
         there = _certificates(key, point)
@@ -84,19 +85,19 @@ def verify(login: Login, key: FoundKey, point: bytes, signature: bytes, data: by
         return None
 
 
-def delete(login: Login, uri: Uri, thumbprint: str | None) -> None:
+def delete(lane: Lane, uri: Uri, thumbprint: str | None) -> None:
     """Destroy a private key by handle, and then what is certainly its own."""
-    with login.writable() as session:
-        key = keys.find_key(session, uri, login)
-        point = keys.point_if_proved(login, key)
-        if thumbprint is not None:
-            found = None if point is None else thumbprint_of(ecdsa.jwk_from_point(point))
-            if found != thumbprint:
-                raise KeyMismatchError(
-                    f"key {key.name} has the thumbprint {found or '(none proved)'}, not {thumbprint}"
-                )
+    with lane.login.writable() as session:
+        key = keys.find_key(session, uri, lane.login)
+        point = keys.point_if_proved(lane, key)
+        found = None if point is None else thumbprint_of(ecdsa.jwk_from_point(point))
+        if thumbprint is not None and found != thumbprint:
+            raise KeyMismatchError(
+                f"key {key.name} has the thumbprint {found or '(none proved)'}, not {thumbprint}"
+            )
         beside = [] if point is None else _own(key, point)
-        key.handle.destroy()
+        with lane.use("key deletion", found, key.name):
+            key.handle.destroy()
         log.info("key %s destroyed", key.name)
         for handle in beside:
             try:

@@ -13,8 +13,8 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from hsm_signer.hsm import keys
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
-from hsm_signer.hsm.login import Login
 from hsm_signer.hsm.module import TokenInfo
+from hsm_signer.hsm.sessions import Lane
 
 NOT_AN_ATTESTATION = "as reported by the module, not an attestation"
 
@@ -128,21 +128,22 @@ class Proof:
         }
 
 
-def prove(login: Login, key: FoundKey, generated_now: set[bytes]) -> Proof:
+def prove(lane: Lane, key: FoundKey, generated_now: set[bytes]) -> Proof:
     """Prove whose public half it is, then try to get the private one out.
 
     Attributes are tried to be changed only if the key was generated in this run: whoever is stopped in between
     would leave a weaker key behind. Whatever does come out is dropped unseen.
     """
-    point = keys.require_proof(login, key)
-    probes = [
-        Probe("read CKA_VALUE", *_read_value(key)),
-        *(Probe(name, *outcome) for name, outcome in _wrappings(key)),
-        *(Probe(name, *outcome) for name, outcome in _copies(key)),
-    ]
-    if key.id in generated_now:
-        probes += [Probe(name, *outcome) for name, outcome in weakenings(key)]
-    return Proof(key.info(point), login.info, tuple(probes))
+    info = key.info(keys.require_proof(lane, key))
+    with lane.use("proof", info.thumbprint, key.name):
+        probes = [
+            Probe("read CKA_VALUE", *_read_value(key)),
+            *(Probe(name, *outcome) for name, outcome in _wrappings(key)),
+            *(Probe(name, *outcome) for name, outcome in _copies(key)),
+        ]
+        if key.id in generated_now:
+            probes += [Probe(name, *outcome) for name, outcome in weakenings(key)]
+    return Proof(info, lane.login.info, tuple(probes))
 
 
 def weakenings(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:

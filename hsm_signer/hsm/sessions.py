@@ -9,9 +9,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import SimpleQueue
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from pkcs11.exceptions import SessionCount
 
@@ -26,6 +26,9 @@ from hsm_signer.errors import (
 )
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.login import Login
+
+if TYPE_CHECKING:
+    from hsm_signer.audit import AuditLog
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +60,11 @@ class _ClosedError(TokenError):
 
 
 class Lane:
-    """One session, its lock, and the handles that were found through it."""
+    """One session, its lock, the handles that were found through it, and the log of what keys are used for."""
 
-    def __init__(self, login: Login) -> None:
+    def __init__(self, login: Login, audit: "AuditLog | None") -> None:
         self.login = login
+        self.audit = audit
         # a module that was not told of threads gets one call at a time
         self.lock = threading.RLock() if login.module.locked else login.module.lock
         self.handles: dict[object, Any] = {}
@@ -77,6 +81,12 @@ class Lane:
             self.session = self.login.session()
             self.epoch = self.login.epoch
         return self
+
+    def use(self, intent: str, key: str | None, name: str) -> AbstractContextManager[dict[str, object]]:
+        """Write a use that is no signature into the log, if there is one; ``key``: its thumbprint."""
+        if self.audit is None:
+            return nullcontext({})
+        return self.audit.use(intent, done="done", serial=self.login.info.serial, key=key, object=name)
 
     def drop(self) -> None:
         """Close the session and forget what it found; the next :meth:`ready` opens another."""
@@ -99,7 +109,7 @@ class Lane:
 class Sessions:
     """``count`` sessions on one token that threads take in turn."""
 
-    def __init__(self, login: Login, count: int) -> None:
+    def __init__(self, login: Login, count: int, audit: "AuditLog | None") -> None:
         if count < 1:
             raise ConfigError(f"sessions must be 1 or more, found {count}")
         if count > 1 and not login.module.locked:
@@ -108,11 +118,12 @@ class Sessions:
                 hint="sessions=1 works with every module",
             )
         self.login = login
+        self.audit = audit
         self._module = login.module
         self._process = os.getpid()
         self._count = count
         self._retiring = threading.Lock()
-        self._lanes = [Lane(login) for _ in range(count)]
+        self._lanes = [Lane(login, audit) for _ in range(count)]
         self._free: SimpleQueue[Lane] = SimpleQueue()
         for lane in self._lanes:
             self._free.put(lane)

@@ -1,5 +1,7 @@
 """The :class:`~hsm_signer.jose.Signer` whose private key is in a token."""
 
+from typing import TYPE_CHECKING
+
 from hsm_signer import ecdsa
 from hsm_signer.errors import KeyMismatchError, SignatureInvalidError
 from hsm_signer.hsm import keys, objects
@@ -7,6 +9,9 @@ from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.sessions import Lane, Sessions
 from hsm_signer.jose import thumbprint
 from hsm_signer.verification import PublicKey
+
+if TYPE_CHECKING:
+    from hsm_signer.audit import AuditLog
 
 
 class HsmSigner:
@@ -33,14 +38,28 @@ class HsmSigner:
         """Of the token that the key is in."""
         return self._sessions.login.info
 
+    @property
+    def audit(self) -> "AuditLog | None":
+        """The log that ``open_token`` was given; :class:`TokenClient` tells it what the server answered."""
+        return self._sessions.audit
+
     def sign(self, data: bytes) -> bytes:
         """ECDSA with SHA-256 over ``data``: r‖s, 64 bytes (RFC 7518 §3.4), verified before it is returned.
 
         Raises :class:`SignatureInvalidError` and :class:`SignatureFormatError` for what a token should not
-        answer, :class:`TokenError` with the PKCS#11 code for what recovery does not mend.
+        answer, :class:`TokenError` with the PKCS#11 code for what recovery does not mend, and
+        :class:`AuditLogError`.
         """
         if type(data) is not bytes:
             data = bytes(memoryview(data))
+        if self.audit is None:
+            return self._signed(data)
+        beside = thumbprint(ecdsa.jwk_from_point(self._point))
+        serial = self._sessions.login.info.serial
+        with self.audit.signing(data, serial=serial, key=beside, object=self._name):
+            return self._signed(data)
+
+    def _signed(self, data: bytes) -> bytes:
         signature = ecdsa.raw_from_device(self._sessions.run(self._answer, self._what, data))
         if self._public_key is not None:
             try:
@@ -60,15 +79,6 @@ class HsmSigner:
     def kid(self) -> str:
         """RFC 7638 thumbprint, 43 characters."""
         return thumbprint(self.jwk)
-
-    @property
-    def verifies_under(self) -> str:
-        """Thumbprint of the public half that each signature was verified under, for a record of what was signed.
-
-        Whoever has such a signature can tell as much. So it costs no challenge, unlike :attr:`kid`, by which
-        others will know the key.
-        """
-        return self.kid if self._public_key is None else thumbprint(ecdsa.jwk_from_point(self._point))
 
     @property
     def jwk(self) -> dict[str, str]:
@@ -109,7 +119,7 @@ class HsmSigner:
         """The public half leaves us only after the private key has signed a challenge under it."""
         if not self._proved:
             point = self._sessions.run(
-                lambda lane: keys.proved_point(lane.login, self._key(lane), [self._point]), self._what
+                lambda lane: keys.proved_point(lane, self._key(lane), [self._point]), self._what
             )
             if point is None:
                 raise KeyMismatchError(f"the public half beside private key {self._name} is not its own")

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from hsm_signer import ecdsa
 from hsm_signer.errors import (
@@ -36,6 +37,9 @@ from hsm_signer.hsm.uri import Uri, key_uri, token_uri
 from hsm_signer.jose import thumbprint as thumbprint_of
 from hsm_signer.pin import PinPad
 
+if TYPE_CHECKING:
+    from hsm_signer.audit import AuditLog
+
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +52,7 @@ def open_token(
     sessions: int = 1,
     verify: bool = True,
     allow_final_try: bool = False,
+    audit: "AuditLog | None" = None,
 ) -> Iterator["Token"]:
     """Open the one token that matches, log in, and log out at the end of the block.
 
@@ -55,13 +60,18 @@ def open_token(
     ``pin``: text, a callable that returns text, ``PIN_PAD``, or :func:`hsm_signer.pin.from_source`. One login
     per token in a process is shared: on a token that is logged in, a second call neither asks for a PIN nor
     checks one. ``sessions`` that sign in parallel are for network HSMs. ``verify=False`` hands out signatures
-    unchecked. ``allow_final_try`` sends the PIN where the token says that a wrong one locks it.
+    unchecked. ``allow_final_try`` sends the PIN where the token says that a wrong one locks it. ``audit``: the
+    log that gets two lines for each use of a private key; where it cannot be written, no key is used.
 
     Raises :class:`TokenError` and its kinds, :class:`PinError` and its kinds, :class:`ConfigError`.
     """
     source = sealed(pin)
     del pin
-    token = Token._open(uri, module, source, sessions, verify=verify, allow_final_try=allow_final_try)
+    if audit is not None:
+        audit.check()  # before a PIN is spent
+    token = Token._open(
+        uri, module, source, sessions, verify=verify, allow_final_try=allow_final_try, audit=audit
+    )
     try:
         yield token
     finally:
@@ -83,7 +93,15 @@ class Token:
 
     @classmethod
     def _open(
-        cls, uri: str, path: str, pin: Source | None, sessions: int, *, verify: bool, allow_final_try: bool
+        cls,
+        uri: str,
+        path: str,
+        pin: Source | None,
+        sessions: int,
+        *,
+        verify: bool,
+        allow_final_try: bool,
+        audit: "AuditLog | None",
     ) -> "Token":
         loaded = module.load(path)
         loaded.check_process()
@@ -94,7 +112,7 @@ class Token:
             login.users += 1
         with ExitStack() as undo:
             undo.callback(login.leave)
-            pool = Sessions(login, sessions)
+            pool = Sessions(login, sessions, audit)
             undo.callback(pool.close)
             try:
                 login.enter(pin, found.info, allow_final_try=allow_final_try)
@@ -121,7 +139,7 @@ class Token:
     def keys(self) -> list[KeyInfo]:
         """The private EC keys, each with the public half under which a challenge verified."""
         return self._sessions.run(
-            lambda lane: [described(self._login, key) for key in find_keys(lane.session, Uri(), self._login)],
+            lambda lane: [described(lane, key) for key in find_keys(lane.session, Uri(), self._login)],
             self._cannot("list the keys"),
         )
 
@@ -133,7 +151,7 @@ class Token:
         :class:`KeyAmbiguousError`.
         """
         info = self._sessions.run(
-            lambda _: generation.generate(self._login, label, id), self._cannot(f"generate key {label!r}")
+            lambda lane: generation.generate(lane, label, id), self._cannot(f"generate key {label!r}")
         )
         self._generated.add(info.id)
         return info
@@ -142,7 +160,7 @@ class Token:
         """Find out whether a key can leave the token: what is claimed, and what trying shows."""
         uri = self._key_uri(key)
         return self._sessions.run(
-            lambda lane: proof.prove(self._login, find_in(lane, uri), self._generated),
+            lambda lane: proof.prove(lane, find_in(lane, uri), self._generated),
             self._cannot(f"prove key {uri}"),
         )
 
@@ -168,7 +186,7 @@ class Token:
         if len(candidates) == 1 and (self._verify or thumbprint is None):
             return HsmSigner(self._sessions, found, candidates[0], proved=False, verify=self._verify)
         point = self._sessions.run(
-            lambda lane: proved_point(self._login, find_in(lane, found.uri), candidates),
+            lambda lane: proved_point(lane, find_in(lane, found.uri), candidates),
             self._cannot(f"use key {uri}"),
         )
         if point is None:
@@ -182,7 +200,7 @@ class Token:
         """
         uri = self._key_uri(key)
         self._sessions.run(
-            lambda _: objects.delete(self._login, uri, thumbprint), self._cannot(f"delete key {uri}")
+            lambda lane: objects.delete(lane, uri, thumbprint), self._cannot(f"delete key {uri}")
         )
 
     def store_certificate(
@@ -196,7 +214,7 @@ class Token:
         """
         uri = self._key_uri(key)
         return self._sessions.run(
-            lambda _: objects.store_certificate(self._login, uri, der, label, replace=replace),
+            lambda lane: objects.store_certificate(lane, uri, der, label, replace=replace),
             self._cannot(f"store a certificate of key {uri}"),
         )
 
@@ -204,7 +222,7 @@ class Token:
         """The certificates on the token, in DER, that hold the key's proved public half; the last to end first."""
         uri = self._key_uri(key)
         return self._sessions.run(
-            lambda lane: objects.certificates(lane.session, self._login, uri),
+            lambda lane: objects.certificates(lane, uri),
             self._cannot(f"read certificates of key {uri}"),
         )
 

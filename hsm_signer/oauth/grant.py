@@ -6,20 +6,32 @@ What fails while an assertion is around is returned, not raised: a traceback kee
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hsm_signer.assertion import ClientAssertion
-from hsm_signer.errors import HsmSignerError, OAuthError, TokenResponseError, TransportError
-from hsm_signer.jose import Signer
+from hsm_signer.errors import (
+    AuditLogError,
+    HsmSignerError,
+    OAuthError,
+    TokenResponseError,
+    TransportError,
+)
+from hsm_signer.jose import Signer, unverified_claims
 from hsm_signer.oauth.hints import refusal_hint
 from hsm_signer.oauth.response import TokenResponse, parse
 from hsm_signer.oauth.retry import retry_after, timestamp, until_verdict
 from hsm_signer.oauth.transport import Answer, Transport
+from hsm_signer.text import printable
 from hsm_signer.url import Url
+
+if TYPE_CHECKING:
+    from hsm_signer.audit import AuditLog
 
 _log = logging.getLogger(__name__)
 
-Outcome = TokenResponse | OAuthError | TransportError
+Outcome = TokenResponse | OAuthError | TransportError | AuditLogError
 
 
 @dataclass(frozen=True)
@@ -43,12 +55,23 @@ class Grant:
 
         def attempt(number: int) -> Outcome:
             _log.info("asking %s for an access token, attempt %d", self.endpoint, number)
-            return self._attempt(assertions, deadline, signer)
+            try:
+                with self._errand(signer) as told:
+                    outcome = self._attempt(assertions, deadline, signer)
+                    told.update(_answer(outcome))
+            except AuditLogError as unwritten:
+                return unwritten.with_traceback(None)
+            return outcome
 
         outcome: Outcome = until_verdict(attempt, deadline, once=once)
         if isinstance(outcome, TokenResponse):
             _log.info("granted: scope %r, until %s", outcome.scope, outcome.expires_at or "nobody knows when")
         return outcome
+
+    def _errand(self, signer: Signer | None) -> AbstractContextManager[dict[str, object]]:
+        """What the audit log of a signer is to be told of the answer, if it keeps one."""
+        log: AuditLog | None = getattr(signer, "audit", None)
+        return nullcontext({}) if log is None else log.errand(self.endpoint.text)
 
     def _attempt(self, assertions: Iterator[str], deadline: float, signer: Signer | None) -> Outcome:
         now = int(time.time())
@@ -103,3 +126,15 @@ class Grant:
         except HsmSignerError as exc:  # the card was pulled meanwhile: what the server said matters more
             _log.info("the refusal is explained without the key's thumbprint: %s", exc)
             return None, None
+
+
+def _answer(outcome: Outcome) -> dict[str, object]:
+    """What the server answered, for the audit log: accepted, or its error; and by which name it knows that."""
+    if isinstance(outcome, TokenResponse):
+        claims = unverified_claims(outcome.access_token) or {}
+        names = {name: claims.get(name) for name in ("auditTrackingId", "jti")}
+        shown = {name: printable(each, 200) for name, each in names.items() if isinstance(each, str)}
+        return {"answer": "accepted", "unverified": shown or None}
+    status = getattr(outcome, "status", None)
+    code = getattr(outcome, "error", None) or (status and str(status))
+    return {"answer": code, "error": type(outcome).__name__}
