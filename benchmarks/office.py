@@ -44,7 +44,7 @@ class Office:
     def posts(self) -> int:
         """How many POSTs the server has seen."""
         trust = ssl.create_default_context(cafile=self.ca)
-        with urllib.request.urlopen(self.endpoint, context=trust) as answer:
+        with urllib.request.urlopen(self.endpoint, context=trust) as answer:  # noqa: S310  # ours
             return int(json.load(answer))
 
 

@@ -19,7 +19,7 @@ def rows(office: Office) -> Iterator[Row]:
     def run(*command: str) -> Run:
         return process(command, office.environment | shell)
 
-    runs = in_turn(
+    runs = in_turn(  # noqa: S604  # shell is the name of a row
         ROUNDS,
         typer=lambda: run(sys.executable, "-c", TYPER),
         hit=lambda: run(HSM_TOKEN, "fetch"),

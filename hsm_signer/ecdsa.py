@@ -17,8 +17,8 @@ SIZE = 32  # bytes of a coordinate of P-256, and of r and s
 _ORDERS = {  # of the base points of P-256, P-384 and P-521, by size in bytes: FIPS 186-4 D.1.2
     32: 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551,
     48: 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973,
-    66: 0x01FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFA51868783BF2F966B7FCC0148F709A5D03BB5C9B8899C47AEBB6FB71E91386409,  # noqa: E501
-}  # fmt: skip
+    66: 0x01FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFA51868783BF2F966B7FCC0148F709A5D03BB5C9B8899C47AEBB6FB71E91386409,  # noqa: E501  # a number stays in one piece
+}  # fmt: skip  # a number a line
 _ZERO, _ORDER = bytes(SIZE), _ORDERS[SIZE].to_bytes(SIZE)
 # SEQUENCE of AlgorithmIdentifier (id-ecPublicKey, secp256r1) and the head of the BIT STRING
 _SPKI_PREFIX = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
@@ -29,7 +29,7 @@ def _ecdsa_sig_value() -> Any:  # noqa: ANN401  # asn1crypto has no types
     """The ASN.1 type (RFC 3279 §2.2.3); most tokens answer r‖s, and then asn1crypto is not loaded for it."""
     from asn1crypto import core
 
-    class EcdsaSigValue(core.Sequence):  # type: ignore[misc]
+    class EcdsaSigValue(core.Sequence):  # type: ignore[misc]  # asn1crypto ships no types
         _fields = [("r", core.Integer), ("s", core.Integer)]  # noqa: RUF012  # completed in place
 
     return EcdsaSigValue

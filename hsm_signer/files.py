@@ -145,7 +145,7 @@ class PrivateDirectory:
     def names(self) -> list[str]:
         """List what is in it, sorted."""
         place = self.path if self._descriptor is None else self._descriptor
-        return sorted(os.listdir(place))  # noqa: PTH208  (pathlib knows no descriptors)
+        return sorted(os.listdir(place))  # noqa: PTH208  # pathlib knows no descriptors
 
     def read_bytes(self, name: str, *, max_size: int, forbidden: int = PRIVATE) -> bytes:
         """Read a file of ours or root's, judged as in :func:`open_regular`."""

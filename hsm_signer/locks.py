@@ -12,7 +12,7 @@ from hsm_signer.files import PrivateDirectory
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module, or none
 
 
 class HeldLock(Protocol):

@@ -215,7 +215,9 @@ def _from_command(words: list[str]) -> bytes:
     reader, writer = os.pipe()
     environment = {key: value for key, value in os.environ.items() if key != PIN_VARIABLE}
     try:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=writer, env=environment)  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603  # the user's own command, and no shell
+            words, stdin=subprocess.DEVNULL, stdout=writer, env=environment
+        )
     except OSError as exc:
         os.close(reader)
         raise ConfigError(f"the PIN command {name} cannot be started: {exc.strerror}") from None

@@ -99,7 +99,7 @@ class _Client(ClientMixin):  # type: ignore[misc]  # Authlib ships no types
         return grant_type == _GRANT_TYPE
 
 
-class _RefusedError(InvalidClientError):  # type: ignore[misc]
+class _RefusedError(InvalidClientError):  # type: ignore[misc]  # as above
     """``found``: what the log says and the client does not hear."""
 
     def __init__(self, description: str, found: str) -> None:
@@ -107,7 +107,7 @@ class _RefusedError(InvalidClientError):  # type: ignore[misc]
         self.found = found
 
 
-class _Assertion(JWTBearerClientAssertion):  # type: ignore[misc]
+class _Assertion(JWTBearerClientAssertion):  # type: ignore[misc]  # as above
     def __init__(self, token_endpoint: str) -> None:
         super().__init__(validate_jti=False, leeway=0)
         self.token_endpoint = token_endpoint
@@ -150,11 +150,11 @@ class _Assertion(JWTBearerClientAssertion):  # type: ignore[misc]
             raise _RefusedError("JWT expiration time is unreasonable", f"exp is {ahead} s ahead")
 
 
-class _Grant(ClientCredentialsGrant):  # type: ignore[misc]
+class _Grant(ClientCredentialsGrant):  # type: ignore[misc]  # as above
     TOKEN_ENDPOINT_AUTH_METHODS = (_AUTH_METHOD,)
 
 
-class _AuthorizationServer(AuthorizationServer):  # type: ignore[misc]
+class _AuthorizationServer(AuthorizationServer):  # type: ignore[misc]  # as above
     def handle_error_response(self, request: OAuth2Request, error: OAuth2Error) -> Response:
         parts = [error.error, error.get_error_description(), getattr(error, "found", "")]
         reason = ": ".join(part.removesuffix(".") for part in parts if part)
@@ -290,7 +290,7 @@ class RehearsalServer:
             )
         if isinstance(self._server.socket, ssl.SSLSocket):
             # In the thread of its connection: a client that says nothing must not hold up the others.
-            self._server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]
+            self._server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]  # missing in typeshed
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     @property

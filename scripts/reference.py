@@ -64,7 +64,7 @@ def help_of(words: tuple[str, ...]) -> str:
 
 def _commands() -> Iterator[str]:
     yield "## Commands\n"
-    for words in commands(typer.main.get_command(program.application())):
+    for words in commands(typer.main.get_group(program.application())):
         yield f"### {' '.join((program.PROGRAM, *words))}\n"
         yield f"```text\n{help_of(words)}```\n"
 
@@ -120,8 +120,8 @@ def _errors() -> Iterator[str]:
 
 def _library() -> Iterator[str]:
     yield "## Library\n"
-    names = ", ".join(f"`{name}`" for name in SHORT)
-    yield f"{names} come from `hsm_signer` itself; the others from where they live.\n"
+    short = ", ".join(f"`{name}`" for name in SHORT)
+    yield f"{short} come from `hsm_signer` itself; the others from where they live.\n"
     for home, names in PUBLIC.items():
         yield f"### {home}\n"
         yield from _paragraphs(import_module(home).__doc__ or "")

@@ -58,7 +58,7 @@ class Endpoint:
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
-        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up on purpose
+        self._server.handle_error = lambda *_: None  # clients hang up on purpose
         self.port = self._server.server_address[1]
 
     @property
@@ -103,7 +103,7 @@ class Endpoint:
                 self.end_headers()
                 self.wfile.write(reply.payload)
 
-            do_GET = do_POST = do_PUT = serve  # noqa: N815
+            do_GET = do_POST = do_PUT = serve  # noqa: N815  # http.server's names
 
             def log_message(self, *_: object) -> None:
                 pass

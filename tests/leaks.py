@@ -129,4 +129,4 @@ def _tapped(stream: Any, name: str, words: str) -> Any:
 
 
 os.read = _heard_read
-subprocess.Popen.__init__ = _heard_start  # type: ignore[method-assign]
+subprocess.Popen.__init__ = _heard_start

@@ -11,7 +11,8 @@ def at_a_terminal(office: Office, arguments: list[str], answers: dict[str, str])
     pid, terminal = pty.fork()
     if pid == 0:
         command = office.command(*arguments)
-        os.execvpe(command[0], command, office.environment | {"HSM_TOKEN_CONFIG": str(office.config)})
+        environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
+        os.execvpe(command[0], command, environment)  # noqa: S606  # a shell would only be in the way
     screen, waiting = "", dict(answers)
     while True:
         try:

@@ -16,7 +16,7 @@ def plant(token: object, label: str, key_id: bytes, directory: Path) -> None:
     certificate = x509.self_signed(signer, common_name="stranger", not_before=int(time.time()), days=9)
     for kind, der in (("pubkey", public), ("cert", certificate)):
         (directory / kind).write_bytes(der)
-        token.pkcs11_tool(  # type: ignore[attr-defined]  # conftest.SoftToken
+        token.pkcs11_tool(  # conftest.SoftToken
             *(
                 "--write-object",
                 str(directory / kind),

@@ -60,7 +60,7 @@ def by_a_stranger(
 
 
 def self_signed(signer: object) -> bytes:
-    return x509.self_signed(signer, common_name="ours", not_before=int(time.time()), days=9)  # type: ignore[arg-type]
+    return x509.self_signed(signer, common_name="ours", not_before=int(time.time()), days=9)
 
 
 def listed(token: Token, label: str) -> KeyInfo:

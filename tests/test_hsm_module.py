@@ -58,7 +58,7 @@ def _in_another_process(soft: SoftToken) -> list:
         "import pickle, sys; from hsm_signer.hsm.module import slots;"
         "sys.stdout.buffer.write(pickle.dumps(slots(sys.argv[1])))"
     )
-    return pickle.loads(subprocess.check_output([sys.executable, "-c", program, soft.module]))
+    return pickle.loads(subprocess.check_output([sys.executable, "-c", program, soft.module]))  # noqa: S301  # by the program above
 
 
 def test_a_slot_that_cannot_be_read_says_why_and_the_others_are_listed(faulty: FaultyModule) -> None:

@@ -77,7 +77,7 @@ def test_buffers_are_data_and_other_things_are_not(signer: HsmSigner, faulty: Fa
     faulty.forget()
     for wrong in ("text", 32, None):
         with pytest.raises(TypeError):
-            signer.sign(wrong)  # type: ignore[arg-type]
+            signer.sign(wrong)
     assert names(faulty) == []
     signs(signer)
 

@@ -32,7 +32,7 @@ TOKEN = "label=office;serial=1234"
 
 
 def source(text: str, **more: object) -> PinSource:
-    made = from_source(text, **more)  # type: ignore[arg-type]
+    made = from_source(text, **more)
     assert isinstance(made, PinSource)
     return made
 
@@ -319,7 +319,7 @@ def test_systemd_credentials_exist_under_systemd_only(monkeypatch: pytest.Monkey
 class MemoryKeyring(keyring.backend.KeyringBackend):
     """A real backend of the keyring package that keeps its entries in memory."""
 
-    priority = 1  # type: ignore[assignment]
+    priority = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -637,7 +637,7 @@ with source.attempt('t') as attempt:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(program(LOGIN, *arguments), text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(program(LOGIN, *arguments), text=True, **pipes)
 
 
 def hear(process: subprocess.Popen[str]) -> str:

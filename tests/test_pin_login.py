@@ -82,7 +82,7 @@ class Office:
 
     def run(self, job: str = "open", source: str = "", *, typed: str = "", **more: object) -> str:
         """Answer ``done``, or class, code and text of the error."""
-        process = self.start((job, source or f"file:{self.pin_file}"), **more)  # type: ignore[arg-type]
+        process = self.start((job, source or f"file:{self.pin_file}"), **more)
         return self.finish(process, f"{typed}\n")
 
     def finish(self, process: subprocess.Popen[str], typed: str = "") -> str:

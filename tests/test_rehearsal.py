@@ -326,7 +326,7 @@ def test_what_is_not_one_certificate_of_a_p256_key_is_not_registered(kind: str, 
         RehearsalServer({"office": tmp_path / "cert.pem"})
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "localhost", "example.org", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "localhost", "example.org", ""])  # noqa: S104  # refused
 def test_only_loopback_addresses_are_listened_on(office: Office, host: str) -> None:
     with pytest.raises(ConfigError, match="loopback"):
         RehearsalServer({"office": office.certificate}, host=host)

@@ -89,7 +89,7 @@ def test_the_life_of_a_rollover_is_in_the_profile(office: Office) -> None:
     switched = office.profile
     assert {name: prepared[name] for name in first} == first
     assert prepared["next-key-thumbprint"] == switched["key-thumbprint"] == second
-    assert prepared["next-key"] == switched["key"] == office.second.uri  # type: ignore[union-attr]
+    assert prepared["next-key"] == switched["key"] == office.second.uri
     assert prepared["next-certificate"] == switched["certificate"] == "das-2028/cert"
     assert switched["previous-key"] == first["key"]
     assert switched["previous-key-thumbprint"] == first["key-thumbprint"]

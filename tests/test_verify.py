@@ -34,7 +34,7 @@ def number(value: int) -> str:
 
 
 RSA = rsa.generate_private_key(65537, 2048)
-SMALL_RSA = rsa.generate_private_key(65537, 1024)  # the one that must be refused
+SMALL_RSA = rsa.generate_private_key(65537, 1024)  # noqa: S505  # the one that must be refused
 EC = {
     curve.name: ec.generate_private_key(curve) for curve in (ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1())
 }

@@ -28,7 +28,7 @@ SIGNER = SoftwareSigner()
 
 def self_signed(**changes: object) -> bytes:
     arguments: dict[str, object] = {"common_name": NAME, "not_before": NOW, "days": 730} | changes
-    return x509.self_signed(SIGNER, **arguments)  # type: ignore[arg-type]
+    return x509.self_signed(SIGNER, **arguments)
 
 
 def openssl(*arguments: str, der: bytes) -> str:

@@ -96,7 +96,7 @@ def generate(lane: Lane, label: str, key_id: bytes | None) -> KeyInfo:
     return info
 
 
-def _require_free(session: Any, uri: Uri, login: Login) -> None:  # noqa: ANN401
+def _require_free(session: Any, uri: Uri, login: Login) -> None:
     if keys.find_keys(session, uri, login):
         raise _taken(uri)
 
@@ -107,7 +107,7 @@ def _taken(uri: Uri) -> KeyAmbiguousError:
     )
 
 
-def _generate_pair(session: Any, label: str, key_id: bytes) -> None:  # noqa: ANN401
+def _generate_pair(session: Any, label: str, key_id: bytes) -> None:
     """Take the first rung that the token takes."""
     parameters = session.create_domain_parameters(KeyType.EC, {Attribute.EC_PARAMS: keys.P256}, local=True)
     for number, (public, private) in enumerate(LADDER, 1):

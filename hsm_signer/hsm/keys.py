@@ -109,11 +109,11 @@ class KeyInfo:
         return str(Uri(object=self.label, id=self.id or None))
 
 
-class SigningKey(_pkcs11.PrivateKey, _pkcs11.SignMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]
+class SigningKey(_pkcs11.PrivateKey, _pkcs11.SignMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]  # python-pkcs11 ships no types
     """A private EC key that is not asked for its type, nor its caller for the type of the data: bytes."""
 
     key_type = KeyType.EC
-    sign = _pkcs11.SignMixin._sign  # type: ignore[attr-defined]
+    sign = _pkcs11.SignMixin._sign  # type: ignore[attr-defined]  # not in its stubs
     __repr__ = object.__repr__  # the library's asks the token
 
 
@@ -146,9 +146,9 @@ class FoundKey:
 
 
 def search(
-    session: Any,  # noqa: ANN401
+    session: Any,
     template: dict[Attribute, object],
-    how: Any = _pkcs11.SearchIter,  # type: ignore[attr-defined]  # noqa: ANN401
+    how: Any = _pkcs11.SearchIter,  # type: ignore[attr-defined]  # python-pkcs11 ships no types
 ) -> list[Any]:
     """All objects that match, in one search that is always finished (``C_FindObjects``)."""
     operation = how(session, template, 16)
@@ -160,10 +160,10 @@ def search(
             operation._finalize()
 
 
-class _Numbers(_pkcs11.SearchIter):  # type: ignore[misc, name-defined]
+class _Numbers(_pkcs11.SearchIter):  # type: ignore[misc, name-defined]  # python-pkcs11 ships no types
     """A search that asks nothing about what it finds."""
 
-    def _batch_iter(self, results: Any, count: int) -> list[int]:  # noqa: ANN401
+    def _batch_iter(self, results: Any, count: int) -> list[int]:
         return list(results[:count])
 
 
@@ -179,7 +179,7 @@ def values(key: FoundKey, template: dict[Attribute, object], attribute: Attribut
     return [value for handle in handles if (value := read(handle, [attribute]).get(attribute))]
 
 
-def find_keys(session: Any, uri: Uri, login: Login) -> list[FoundKey]:  # noqa: ANN401
+def find_keys(session: Any, uri: Uri, login: Login) -> list[FoundKey]:
     """The private EC keys that match a URI's key attributes."""
     template: dict[Attribute, object] = {
         Attribute.CLASS: ObjectClass.PRIVATE_KEY,
@@ -192,7 +192,7 @@ def find_keys(session: Any, uri: Uri, login: Login) -> list[FoundKey]:  # noqa: 
     return [_described(handle, login.module.direct) for handle in search(session, template)]
 
 
-def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:  # noqa: ANN401
+def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:
     """The one private EC key that matches, or an error that lists the candidates."""
     found = find_keys(session, uri, login)
     if len(found) == 1:
@@ -218,7 +218,7 @@ def find_in(lane: Lane, uri: Uri) -> FoundKey:
     return found
 
 
-def _described(handle: Any, direct: Functions | None) -> FoundKey:  # noqa: ANN401
+def _described(handle: Any, direct: Functions | None) -> FoundKey:
     found = _read_at_once(handle, direct) or read(handle, _ASKED)
     curve = _curve(found.get(Attribute.EC_PARAMS))
     point = found.get(Attribute.EC_POINT)
@@ -236,14 +236,14 @@ def _described(handle: Any, direct: Functions | None) -> FoundKey:  # noqa: ANN4
     )
 
 
-def _read_at_once(handle: Any, direct: Functions | None) -> dict[Attribute, Any] | None:  # noqa: ANN401
+def _read_at_once(handle: Any, direct: Functions | None) -> dict[Attribute, Any] | None:
     found = direct and direct.read(handle.session.handle, handle.handle, _ASKED, _ROOM)
     if not found or not found.keys() >= _OF_ANY_LENGTH:  # of several errors a module names one
         return None
     return {each: MAPPER.unpack_attributes(each, found[each]) for each in _ASKED if each in found}
 
 
-def read(handle: Any, attributes: Iterable[Attribute]) -> dict[Attribute, Any]:  # noqa: ANN401
+def read(handle: Any, attributes: Iterable[Attribute]) -> dict[Attribute, Any]:
     """Those of the attributes that the object has; one by one where the token cannot do it in one go."""
     failed: PKCS11Error | None = None
     try:

@@ -140,7 +140,7 @@ class Login:
                 raise
             attempt.succeeded()
 
-    def session(self) -> Any:  # noqa: ANN401  # python-pkcs11's Session
+    def session(self) -> Any:  # python-pkcs11's Session
         """A session for signing; the caller closes it with :meth:`close`."""
         try:
             return self._spare.pop()
@@ -156,7 +156,7 @@ class Login:
         finally:
             self.close(session)
 
-    def close(self, session: Any) -> None:  # noqa: ANN401
+    def close(self, session: Any) -> None:
         """Close a session and leave the login alone; errors are of no use to anybody."""
         if session is self._anchor:
             return
@@ -239,7 +239,7 @@ class Login:
                 log.warning("token %r: a wrong PIN was tried since the last login", info.label)
             yield token, attempt
 
-    def _open(self, token: Any) -> Any:  # noqa: ANN401
+    def _open(self, token: Any) -> Any:
         try:
             return token.open(rw=self._writable, attribute_mapper=MAPPER)
         except (ArgumentsBad, FunctionFailed, FunctionNotSupported, FunctionRejected, SessionReadOnly):
@@ -248,13 +248,13 @@ class Login:
             self._writable = True
             return session
 
-    def _first_session(self, token: Any) -> Any:  # noqa: ANN401
+    def _first_session(self, token: Any) -> Any:
         try:
             return self._open(token)
         except FOREIGN as exc:
             raise failure(exc, f"no session on token {self.info.label!r}") from exc
 
-    def _open_with_pin(self, token: Any, text: Secret | PinPad) -> Any:  # noqa: ANN401
+    def _open_with_pin(self, token: Any, text: Secret | PinPad) -> Any:
         try:
             try:
                 return self._open_logged_in(token, text)
@@ -266,7 +266,7 @@ class Login:
         except FOREIGN as exc:
             raise self._refused(exc, text) from exc
 
-    def _open_logged_in(self, token: Any, text: Secret | PinPad) -> Any:  # noqa: ANN401
+    def _open_logged_in(self, token: Any, text: Secret | PinPad) -> Any:
         return token.open(
             rw=self._writable,
             user_pin=text.text if isinstance(text, Secret) else PROTECTED_AUTH,
@@ -314,7 +314,7 @@ class Login:
         while self._spare:
             self.close(self._spare.pop())
 
-    def _really_close(self, session: Any) -> None:  # noqa: ANN401
+    def _really_close(self, session: Any) -> None:
         for _ in range(2):  # a failed C_Logout keeps python-pkcs11 from closing the session
             try:
                 session.close()

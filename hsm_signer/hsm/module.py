@@ -317,7 +317,7 @@ def _slots_of(module: Module) -> Iterator[list[Any]]:
     yield found
 
 
-def token_info(token: Any) -> TokenInfo:  # noqa: ANN401  # python-pkcs11's Token
+def token_info(token: Any) -> TokenInfo:  # python-pkcs11's Token
     """Read what python-pkcs11 holds of a token; no call to the module."""
     return TokenInfo(
         label=token.label,
@@ -332,7 +332,7 @@ def token_info(token: Any) -> TokenInfo:  # noqa: ANN401  # python-pkcs11's Toke
     )
 
 
-def attributes_of(module: Module, token: Any, info: TokenInfo) -> dict[str, object]:  # noqa: ANN401
+def attributes_of(module: Module, token: Any, info: TokenInfo) -> dict[str, object]:
     """What the path attributes of a PKCS#11 URI are compared with (RFC 7512 §2.3)."""
     slot = token.slot
     return {
@@ -349,7 +349,7 @@ def attributes_of(module: Module, token: Any, info: TokenInfo) -> dict[str, obje
     }
 
 
-def _slot_info(slot: Any) -> SlotInfo:  # noqa: ANN401
+def _slot_info(slot: Any) -> SlotInfo:
     token: TokenInfo | None = None
     mechanisms: tuple[str, ...] = ()
     problem: str | None = None

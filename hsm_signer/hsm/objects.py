@@ -65,7 +65,7 @@ def store_certificate(lane: Lane, uri: Uri, der: bytes, label: str | None, *, re
     return len(others)
 
 
-class VerifyingKey(_pkcs11.PublicKey, _pkcs11.VerifyMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]
+class VerifyingKey(_pkcs11.PublicKey, _pkcs11.VerifyMixin, _pkcs11.Object):  # type: ignore[misc, name-defined]  # python-pkcs11 ships no types
     """A public EC key that verifies whatever its CKA_VERIFY says."""
 
     key_type = KeyType.EC

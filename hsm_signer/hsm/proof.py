@@ -206,7 +206,7 @@ class _NoWrappingKeyError(Exception):
 
 
 @contextmanager
-def _wrapping_key(session: Any) -> Iterator[Any]:  # noqa: ANN401
+def _wrapping_key(session: Any) -> Iterator[Any]:
     template = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.TOKEN: False}
     try:
         found = session.generate_key(

@@ -102,7 +102,7 @@ def parse(text: str) -> Uri:
         if name in values:
             raise ConfigError(f"the PKCS#11 URI names {name} twice")
         values[name] = _read(name, written)
-    return Uri(**{name.replace("-", "_"): value for name, value in values.items()})  # type: ignore[arg-type]
+    return Uri(**{name.replace("-", "_"): value for name, value in values.items()})  # type: ignore[arg-type]  # attributes are fields by name, each judged above
 
 
 def _is_uri(text: str) -> bool:

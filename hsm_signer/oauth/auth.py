@@ -31,7 +31,7 @@ class BearerAuth(AuthBase):
             request.hooks["response"].append(self._answered)
         return request
 
-    def _answered(self, response: requests.Response, **options: Any) -> requests.Response:  # noqa: ANN401
+    def _answered(self, response: requests.Response, **options: Any) -> requests.Response:  # noqa: ANN401  # what requests gives its hooks
         """Repeat a request once with another access token (a hook of requests, which follows redirects)."""
         refused = response.request.headers.get("Authorization", "")
         asked_again = (

@@ -66,13 +66,13 @@ class Exchange:
         self.failure = TransportError(f"{self._where}: {reason}", sent=False)
         self.done.set()
 
-    def connect(self, connection: Any) -> None:  # noqa: ANN401
+    def connect(self, connection: Any) -> None:  # noqa: ANN401  # http.client's or urllib3's, plain or TLS
         """Note the connection that is about to be made, unless nobody waits any more."""
         self._connection = connection
         if self._given_up:
             raise _GivenUpError
 
-    def send(self, connection: Any) -> None:  # noqa: ANN401
+    def send(self, connection: Any) -> None:  # noqa: ANN401  # as above
         """Note that bytes of the request leave us from now on, unless nobody waits any more."""
         with self._lock:
             if self._given_up:
@@ -100,13 +100,13 @@ class _Telling:
 
     def connect(self) -> None:
         _thread.exchange.connect(self)
-        super().connect()  # type: ignore[misc]
+        super().connect()  # type: ignore[misc]  # a mixin: urllib3's class comes beside it
 
-    def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # urllib3's own
         if self.sock is None:  # type: ignore[attr-defined]  # else http.client connects while it sends
             self.connect()
         _thread.exchange.send(self)
-        super().request(*args, **kwargs)  # type: ignore[misc]
+        super().request(*args, **kwargs)  # type: ignore[misc]  # as above
 
 
 class _Connection(_Telling, HTTPConnection):

@@ -121,7 +121,7 @@ def _request(sock: socket.socket) -> bytes:
 
 def respond(
     status: int = 200,
-    body: bytes | dict[str, object] = OK,  # type: ignore[assignment]
+    body: bytes | dict[str, object] = OK,
     media_type: str | None = "application/json",
     **header: str,
 ) -> Behaviour:

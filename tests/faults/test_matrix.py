@@ -58,7 +58,7 @@ def complaint_of_the_next(behind: Behind, rejected: bool, run: Callable[[], None
     except PinError as exc:
         if not rejected:
             return f"the next one: {type(exc).__name__}: {exc}"
-    except BaseException as exc:  # noqa: BLE001
+    except BaseException as exc:  # noqa: BLE001  # as above
         return f"the next one: {type(exc).__name__}: {exc}"
     if rejected and behind.faulty.calls("C_Login") > logins:
         return "a rejected PIN was sent again"
@@ -77,9 +77,9 @@ def test_a_failure_at_any_step_from_opening_to_closing_is_told_or_overcome(
         behind = next(modules)
         rejected = (function, code) == ("C_Login", "CKR_PIN_INCORRECT")
         behind.faulty.set(f"fail {function} {nth} {code}")
-        found = complaint(code, lambda: sign_once(behind))  # noqa: B023
+        found = complaint(code, lambda: sign_once(behind))  # noqa: B023  # called in this turn of the loop
         behind.faulty.set()
-        found = found or complaint_of_the_next(behind, rejected, lambda: sign_once(behind))  # noqa: B023
+        found = found or complaint_of_the_next(behind, rejected, lambda: sign_once(behind))  # noqa: B023  # called in this turn of the loop
         lost = 1 if function in ("C_Login", "C_CloseSession") else 0  # by python-pkcs11; cannot be closed
         if not found and behind.faulty.sessions() > lost:
             found = f"{behind.faulty.sessions()} sessions are left"

@@ -47,4 +47,4 @@ class ServerProcess:
             self._process.wait()
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stdout):
-            pipe.close()  # type: ignore[union-attr]
+            pipe.close()

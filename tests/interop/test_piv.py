@@ -167,7 +167,7 @@ def test_no_key_is_generated_on_the_card(card: Card) -> None:
         before = {info.id for info in token.keys()}  # noqa: SIM118  # a method, not a dict's
         with pytest.raises(TokenError, match="CKR_"):
             enrolment.ensure_key(token, "das-2028", thumbprint=None)
-        assert {info.id for info in token.keys()} == before  # noqa: SIM118
+        assert {info.id for info in token.keys()} == before  # noqa: SIM118  # as above
 
 
 def test_a_card_that_is_pulled_out_is_named_and_signs_again_once_it_is_back(card: Card) -> None:
