@@ -4,16 +4,18 @@ What a cached access token does not need is imported inside the functions: most 
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hsm_signer import paths
 from hsm_signer.config import Settings, default_pin_source, prepared_module, proxy_for, variable
-from hsm_signer.errors import ConfigError
+from hsm_signer.errors import ConfigError, KeyMismatchError
 from hsm_signer.oauth.cache import TokenCache
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from hsm_signer.oauth.metadata import ServerMetadata
     from hsm_signer.oauth.transport import Transport
     from hsm_signer.pin import PinPad, PinSource
+
+
+_log = logging.getLogger(__name__)
 
 
 class Login(NamedTuple):
@@ -74,6 +79,39 @@ def open_token(settings: Settings, login: Login) -> "Iterator[Token]":
         yield token
 
 
+def another_key(settings: Settings) -> bool:
+    """Whether option or variable names another key than the profile, to which pin and certificate belong."""
+    from hsm_signer.hsm.uri import key_uri
+
+    named, own = settings.key, settings.profile_key
+    return named is not None and own is not None and key_uri(named) != key_uri(own)
+
+
+def looked_at(settings: Settings) -> Settings:
+    """The settings to look at a key with that the command line names: the pin of another key does not hold.
+
+    Only for commands that show or check. What signs for others, or makes what is registered, keeps to the
+    pin, and so does a key that a variable names: it may come from elsewhere than the person.
+    """
+    if settings.origin("key") != "option" or not another_key(settings):
+        return settings
+    _log.warning("%s is not the key of profile %s: its pin is not compared", settings.key, settings.profile)
+    return replace(settings, key_thumbprint=None, certificate=None, next_certificate=None)
+
+
+def signer(token: "Token", settings: Settings) -> "HsmSigner":
+    """A signer on the configured key of an open token, which must be the pinned one."""
+    try:
+        return token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+    except KeyMismatchError as mismatch:
+        if another_key(settings):
+            mismatch.hint = (
+                f"profile {settings.profile} pins the key {settings.profile_key}: give another key a profile of"
+                " its own; with --key only key export, key prove and cert check look at one"
+            )
+        raise
+
+
 @contextmanager
 def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
     """A signer on the configured key, which must be the pinned one."""
@@ -81,9 +119,9 @@ def open_signer(settings: Settings, login: Login) -> "Iterator[HsmSigner]":
 
     settings.require("key")
     with open_token(settings, login) as token:
-        signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
-        validity.warn(settings, signer)
-        yield signer
+        found = signer(token, settings)
+        validity.warn(settings, found)
+        yield found
 
 
 def audit_log(settings: Settings) -> "AuditLog | None":

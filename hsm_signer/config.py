@@ -215,6 +215,7 @@ class Settings:
 
     config: Path | None = None
     profile: str | None = None
+    profile_key: str | None = None  # what key-thumbprint and certificate belong to, whatever key is in use
     origins: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def origin(self, name: str) -> str:
@@ -301,7 +302,13 @@ def load(options: Mapping[str, object], environ: Mapping[str, str] = os.environ)
         name = hyphened.replace("-", "_")
         origins.setdefault(name, "preset")
         values.setdefault(name, value)
-    return Settings(**values, config=path if document else None, profile=profile, origins=origins)
+    return Settings(
+        **values,
+        config=path if document else None,
+        profile=profile,
+        profile_key=str(table["key"]) if "key" in table else None,
+        origins=origins,
+    )
 
 
 def given_values(options: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> dict[str, object]:

@@ -191,3 +191,36 @@ def test_doctor_refuses_a_bundle_that_exists_before_it_looks(office: Office) -> 
     out.write_text("kept")
     done = office.run("doctor", "--offline", "--bundle", str(out))
     assert (done.status, done.stdout, out.read_text()) == (2, "", "kept")
+
+
+def test_another_key_than_the_pinned_one_is_looked_at_and_signs_nothing(office: Office) -> None:
+    def thumbprint(*options: str, **environment: str) -> str:
+        done = office.run("key", "export", "--format", "thumbprint", *options, environment=environment)
+        assert done.status == 0, done.stderr
+        return done.stdout.strip()
+
+    mine = thumbprint()
+    assert office.run("cert", "self-signed", "--out", str(office.home / "mine.pem")).status == 0
+    assert office.run("cert", "self-signed", "--key", "other", "--store").status == 0
+    office.configure(key_thumbprint=mine, certificate="mine.pem", token_endpoint="http://127.0.0.1:1/token")
+    other = thumbprint("--key", "other")
+    assert other != mine == thumbprint("--key", "pkcs11:object=mine")
+
+    looked = office.run("cert", "check", "--key", "other")
+    assert looked.status == 0
+    assert looked.lines == ["warning: other is not the key of profile office: its pin is not compared"]
+    assert looked.stdout.startswith("of other on the token")
+    assert office.run("key", "prove", "--key", "other").status == 0
+
+    named = {"HSM_TOKEN_KEY": "other"}
+    for command, environment in (
+        (("key", "export"), named),  # not by the person who types
+        (("assertion", "--key", "other"), {}),
+        (("fetch", "--no-cache", "--key", "other"), {}),
+        (("cert", "self-signed", "--key", "other"), {}),
+        (("cert", "request", "--key", "other"), {}),
+    ):
+        done = office.run(*command, environment=environment)
+        assert (done.status, done.stdout) == (5, ""), command
+        assert done.lines[-2].startswith("error: key pkcs11:object=other is not the pinned"), done.stderr
+        assert done.lines[-1].startswith("hint: profile office pins the key mine: "), done.stderr

@@ -54,7 +54,7 @@ def self_signed(
     name = common_name_of(settings, common_name, subject)
     require_free(out)
     with assembly.open_token(settings, options.login(retry_pin)) as token:
-        signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+        signer = assembly.signer(token, settings)
         not_before = int(time.time()) - validity.BACKDATED
         der = x509.self_signed(signer, common_name=name, subject=subject, not_before=not_before, days=days)
         if store:
@@ -105,7 +105,7 @@ def import_(
     settings.require("key")
     found = validity.read_chain(file)
     with assembly.open_token(settings, options.login(retry_pin)) as token:
-        thumbprint = token.signer(str(settings.key), thumbprint=settings.key_thumbprint).kid
+        thumbprint = assembly.signer(token, settings).kid
         own = [certificate for certificate in found if certificate.holds(thumbprint)]
         if len(own) != 1:
             raise KeyMismatchError(
@@ -139,11 +139,13 @@ def check(
     """
     days, now = _days(within), int(time.time())
     watched = [validity.Watched(str(file), validity.read_file(file)) for file in certificates or []]
-    watched = watched or validity.in_files(settings)
+    if not watched:
+        settings = assembly.looked_at(settings)
+        watched = validity.in_files(settings)
     if not watched:
         settings.require("key")
         with assembly.open_token(settings, options.login(retry_pin)) as token:
-            signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+            signer = assembly.signer(token, settings)
             watched = validity.on_token(signer, str(settings.key), now)
     if not watched:
         raise ConfigError(

@@ -126,8 +126,9 @@ def export(
     Example: hsm-token key export --profile das --format jwks
     """
     settings.require("key")
+    settings = assembly.looked_at(settings)
     with assembly.open_token(settings, options.login(retry_pin)) as token:
-        signer = token.signer(str(settings.key), thumbprint=settings.key_thumbprint)
+        signer = assembly.signer(token, settings)
         match output:
             case PublicFormat.pem:
                 terminal.result(signer.public_key_pem.rstrip("\n"))
