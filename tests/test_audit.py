@@ -522,7 +522,7 @@ COMMANDS = {
     ("cert", "request"): ["challenge", "certificate request"],
     ("key", "prove"): ["challenge", "proof"],
     ("key", "export"): ["challenge"],
-    ("enroll", "--out", "folder"): ["challenge", "proof", "challenge", "certificate"],
+    ("enroll", "--out", "folder", "--replace"): ["challenge", "proof", "challenge", "certificate"],
     ("doctor", "--login"): ["challenge", "challenge", "proof", "test signature", "assertion"],
     ("audit", "head"): [],
     ("config", "show"): [],

@@ -65,7 +65,13 @@ def test_a_person_hears_what_to_send_and_the_fingerprints(office: Office) -> Non
 def test_a_key_that_is_there_is_taken_and_its_certificate_renewed(office: Office) -> None:
     first, second = office.home / "one", office.home / "two"
     for folder in (first, second):
-        assert office.run("enroll", "--key", "taken", "--out", str(folder), "--days", "99").status == 0
+        done = office.run("enroll", "--key", "taken", "--out", str(folder), "--days", "99", "--replace")
+        assert done.status == 0
+    assert (
+        done.lines.count("  certificate = two/es256_cert.pem, was one/es256_cert.pem") == 2
+    )  # before and after
+    assert "was pkcs11" not in done.stderr
+    assert profile(office)["certificate"] == "two/es256_cert.pem"
     public = [(folder / "es256_public.pem").read_bytes() for folder in (first, second)]
     assert public[0] == public[1]
     certificates = [
@@ -124,9 +130,40 @@ def test_a_profile_that_cannot_be_written_gets_its_lines_shown(office: Office) -
     assert set(shown) == {"token", "key", "key-thumbprint", "certificate"}
 
 
+def test_a_profile_that_is_enrolled_is_not_changed_unasked_and_what_would_be_is_told_before_a_login(
+    office: Office,
+) -> None:
+    assert office.run("enroll", "--key", "enrolled", "--out", str(office.home / "old")).status == 0
+    before = office.config.read_text()
+    (office.home / "pin").rename(office.home / "away")
+    for key, more in (("enrolled", set()), ("a-second", {"key"})):
+        done = office.run("enroll", "--key", key, "--out", str(office.home / "new"))
+        assert (done.status, done.stdout) == (2, "")
+        assert "another key: hsm-token rollover prepare" in done.stderr
+        told = {line.partition(" = ")[0].strip() for line in done.lines if ", was " in line}
+        assert told == {"certificate"} | more
+        assert "certificate = new/es256_cert.pem, was old/es256_cert.pem" in done.stderr
+    assert office.config.read_text() == before
+    assert not (office.home / "new").exists()
+
+
+def test_at_a_terminal_a_yes_replaces_what_an_enrolment_wrote(office: Office) -> None:
+    assert office.run("enroll", "--key", "at-terminal", "--out", str(office.home / "old")).status == 0
+    at_a_terminal(office, ["enroll", "--out", str(office.home / "new")], {"replace it? yes or no": "yes"})
+    assert profile(office)["certificate"] == "new/es256_cert.pem"
+
+
+def test_a_key_that_the_profile_names_and_nobody_enrolled_is_replaced_and_told(office: Office) -> None:
+    office.configure(key="from-init")
+    done = office.run("enroll", "--key", "by-option", "--out", str(office.home / "out"))
+    assert done.status == 0
+    assert f"  key = {profile(office)['key']}, was from-init" in done.lines
+    assert f"  key-thumbprint = {profile(office)['key-thumbprint']}, new" in done.lines
+
+
 def test_a_pinned_key_is_not_replaced_by_another(office: Office) -> None:
     assert office.run("enroll", "--key", "in-use", "--out", str(office.home / "out")).status == 0
-    done = office.run("enroll", "--key", "another", "--out", str(office.home / "another"))
+    done = office.run("enroll", "--key", "another", "--out", str(office.home / "another"), "--replace")
     assert (done.status, done.stdout) == (5, "")
     assert "rollover prepare" in done.stderr
     assert "another" not in office.token.pkcs11_tool("--list-objects")

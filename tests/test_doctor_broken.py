@@ -402,7 +402,7 @@ def the_certificate_is_no_certificate(scene: Scene) -> None:
 @broken("certificate", 8, "says was enrolled")
 def the_certificate_is_not_the_enrolled_one(scene: Scene) -> None:
     folder = scene.office.home / "folder"
-    assert scene.office.run("enroll", "--out", str(folder)).status == 0
+    assert scene.office.run("enroll", "--out", str(folder), "--replace").status == 0
     (folder / "es256_cert.pem").unlink()
     scene.office.run("cert", "self-signed", "--out", str(folder / "es256_cert.pem"))
     scene.profile(certificate="folder/es256_cert.pem")

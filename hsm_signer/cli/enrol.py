@@ -2,18 +2,20 @@
 
 import os
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hsm_signer import assembly, validity
+from hsm_signer import assembly, profile_file, validity
 from hsm_signer.cli import options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of, store_certificate
 from hsm_signer.cli.config import ask_module, ask_token
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
+from hsm_signer.hsm.uri import key_uri, token_uri
 
 if TYPE_CHECKING:
     from hsm_signer.enrolment import Enrolment
@@ -36,21 +38,27 @@ def enroll(
     subject: Subject = None,
     days: Days = validity.DAYS,
     store: Store = False,
+    may_replace: Annotated[
+        bool, typer.Option("--replace", help="Replace what the profile has of an enrolment before.")
+    ] = False,
     as_json: options.Json = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
     """Make or take the key, prove it, and write the folder that registers it.
 
-    On a terminal it asks for what is missing. It prints the path of the one file to send.
+    On a terminal it asks for what is missing. It prints the path of the one file to send. A profile that is
+    enrolled already is changed only with --replace, or after a yes on a terminal.
 
     Example: hsm-token enroll --profile das --key das-2026 --out das-2026
     """
     settings, folder = _complete(settings, out)
+    before = _as_written(settings)
+    _agree(settings, before, folder, may_replace=may_replace)
     name = common_name_of(settings, common_name, subject)
     with assembly.open_token(settings, options.login(retry_pin)) as token:
         made = make(settings, token, folder, common_name=name, subject=subject, days=days, store=store)
         serial = token.info.serial
-    _into_profile(settings, made, folder, serial)
+    _into_profile(settings, before, made, folder, serial)
     report(made, folder, as_json=as_json)
 
 
@@ -115,9 +123,59 @@ def relative_to_config(settings: Settings, path: Path) -> str:
     return os.path.relpath(absolute, home) if home and absolute.is_relative_to(home) else str(absolute)
 
 
-def _into_profile(settings: Settings, made: "Enrolment", folder: Path, serial: str) -> None:
-    from hsm_signer import enrolment, profile_file
-    from hsm_signer.hsm.uri import token_uri
+def _as_written(settings: Settings) -> dict[str, object]:
+    """The profile as its file has it, without options and presets."""
+    if settings.config is None or settings.profile is None:
+        return {}
+    return profile_file.profiles(settings.config).get(settings.profile, {})
+
+
+def _agree(settings: Settings, before: Mapping[str, object], folder: Path, *, may_replace: bool) -> None:
+    """Have somebody say so before what an enrolment wrote is replaced: the server may know no other key."""
+    from hsm_signer import enrolment
+
+    if not before.keys() & {"key-thumbprint", "certificate"}:
+        return
+    planned = {
+        "token": str(settings.token),
+        "key": str(settings.key),
+        "certificate": relative_to_config(settings, folder / enrolment.CERTIFICATE),
+    }
+    replaced = {name: text for name, text in planned.items() if not _may_stay(name, before.get(name), text)}
+    if not replaced:
+        return
+    terminal.note(f"profile {settings.profile} is enrolled already; in the place of what it has comes:")
+    _show_changes(before, replaced)
+    if may_replace or (terminal.somebody_there() and terminal.ask("replace it? yes or no", "no") == "yes"):
+        return
+    raise ConfigError(
+        f"profile {settings.profile} is enrolled already, and is not changed",
+        hint="another key: hsm-token rollover prepare; another certificate of the same key: --replace",
+    )
+
+
+def _may_stay(name: str, old: object, new: str) -> bool:
+    """Whether a setting is not there yet, or the two of it do not contradict each other."""
+    if not isinstance(old, str) or old == new:
+        return True
+    if name == "certificate":
+        return False
+    read = token_uri if name == "token" else key_uri
+    pairs = zip(astuple(read(old)), astuple(read(new)), strict=True)
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def _show_changes(before: Mapping[str, object], changes: Mapping[str, str | None]) -> None:
+    for name, value in changes.items():
+        old = before.get(name)
+        if value != old:
+            terminal.note(f"  {name} = {value}, " + ("new" if old is None else f"was {old}"))
+
+
+def _into_profile(
+    settings: Settings, before: Mapping[str, object], made: "Enrolment", folder: Path, serial: str
+) -> None:
+    from hsm_signer import enrolment
 
     token = token_uri(str(settings.token))
     if serial.strip("0 "):
@@ -133,11 +191,14 @@ def _into_profile(settings: Settings, made: "Enrolment", folder: Path, serial: s
         return
     try:
         with profile_file.exclusive(assembly.state_directory(settings)):
+            if _as_written(settings) != before:
+                raise profile_file.not_changed("the profile was changed meanwhile", settings.profile, changes)
             profile_file.change(settings.config, settings.profile, changes)
     except ProfileNotChangedError as failed:
         show_lines(failed)
     else:
-        terminal.note(f"profile {settings.profile} in {settings.config} now pins the key")
+        terminal.note(f"profile {settings.profile} in {settings.config} now pins the key:")
+        _show_changes(before, changes)
 
 
 def show_lines(failed: ProfileNotChangedError) -> None:
