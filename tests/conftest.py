@@ -6,6 +6,7 @@ import secrets
 import shutil
 import ssl
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,6 +42,13 @@ def pytest_configure() -> None:
     if _contents(tested) != _contents(CHECKOUT / "hsm_signer"):
         hint = f"run tests/run, which installs it, or set PYTHONPATH={CHECKOUT}"
         pytest.exit(f"{tested} is not what is in the checkout: {hint}", returncode=4)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Save what ``tests/run --coverage`` measured: nobody waits for the processes of xdist to end by themselves."""
+    if "coverage" in sys.modules and (measuring := sys.modules["coverage"].Coverage.current()):
+        measuring.save()
 
 
 def _contents(package: Path) -> dict[Path, bytes]:
