@@ -66,6 +66,7 @@ def test_the_header_of_rfc_7515_a_3_is_written_the_same() -> None:
 def test_a_compact_jws_of_ours_is_made_of_its_parts() -> None:
     signer = SoftwareSigner()
     header, payload, signature = sign_compact({"alg": "ES256"}, {"ü": [1, None]}, signer).split(".")
+    assert decoded(header) == b'{"alg":"ES256"}'
     assert decoded(payload) == '{"ü":[1,null]}'.encode()
     point = b"\x04" + decoded(signer.jwk["x"]) + decoded(signer.jwk["y"])
     PublicKey(point).verify(decoded(signature), f"{header}.{payload}".encode())

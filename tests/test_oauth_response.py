@@ -134,6 +134,7 @@ def test_an_access_token_that_a_shell_or_a_header_could_misread_is_refused(acces
         ("a", "a b c", "a b c"),
         ("a b", " a  b ".replace("  ", " "), "a b"),
         ("", "whatever", "whatever"),
+        ("X", "X", "X"),
         ("", "", ""),
         ("", ..., ""),
     ],
@@ -150,7 +151,9 @@ def test_a_smaller_scope_is_an_error_unless_allowed(granted: str) -> None:
     assert judge(grant(scope=granted), scope="a b", allow_narrower_scope=True).scope == granted
 
 
-@pytest.mark.parametrize("granted", [["a"], 5, True, {}, 'a"b', "a\\b", "a\nb", "a\tb", "ä", "a  b"])
+@pytest.mark.parametrize(
+    "granted", [["a"], 5, True, {}, 'a"b', "a\\b", "a\nb", "a\tb", "a\n", "ä", "a  b", "a  X"]
+)
 def test_a_scope_that_is_no_list_in_text_is_refused(granted: object) -> None:
     with pytest.raises(TokenResponseError, match="no list of scopes"):
         judge(grant(scope=granted), scope="a", allow_narrower_scope=True)

@@ -57,7 +57,7 @@ def parse(
     if status == 429 or status >= 500:
         said = ": ".join(filter(None, (f"the server answered {status}", error, description)))
         raise TransportError(said)
-    if 400 <= status < 500 or members.get("error") is not None:
+    if status >= 400 or members.get("error") is not None:
         said = ": ".join(filter(None, (error, description))) or "without an OAuth error in the answer"
         message = f"the authorization server refused with {status}: {said}"
         raise OAuthError(message, error=error, description=description, status=status)
