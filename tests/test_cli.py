@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from office import CLIENT_ID, SCOPE
 from screen import at_a_terminal
 
+import hsm_signer
+
 
 def unpack(part: str):
     return json.loads(urlsafe_b64decode(part + "=" * (-len(part) % 4)))
@@ -199,6 +201,36 @@ def test_config_init_asks_at_a_terminal_until_each_answer_is_one(office, tmp_pat
     assert "no PKCS#11 module /nonexistent.so" in screen
     done = office.run("fetch", "--no-cache", "--config", str(target))
     assert (done.status, done.stderr) == (0, "")
+
+
+def test_config_init_asks_for_the_issuer_where_it_is_the_audience(office, tmp_path):
+    target = tmp_path / "config.toml"
+    given = office.profile | {"preset": "fapi2", "key": "das", "pin-source": "prompt"}
+    names = ("preset", "client-id", "token-endpoint", "scope", "module", "token", "key", "pin-source")
+    options = [f"--{name}={given[name]}" for name in names]
+    issuer = "https://login.example"
+    at_a_terminal(office, ["config", "init", "--config", str(target), *options], {"issuer (URL)": issuer})
+    assert tomllib.loads(target.read_text())["profiles"]["default"]["issuer"] == issuer
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("key generate --key pkcs11:id=%01", "a new key needs a label"),
+        ("key generate new --id 0x01", "--id '0x01' is not hexadecimal"),
+        ("cert self-signed --out {home}/pin/cert.pem", "cannot write {home}/pin/cert.pem: Not a directory"),
+        ("config init --config {home}/pin/config.toml", "cannot write {home}/pin/config.toml: "),
+    ],
+)
+def test_what_cannot_be_named_or_written_is_said_with_status_2(office, command, said):
+    done = office.run(*command.format(home=office.home).split())
+    assert (done.status, done.stdout) == (2, "")
+    assert done.lines[0].startswith("error: " + said.format(home=office.home))
+
+
+def test_the_version_is_that_of_the_package(office):
+    done = office.run("--version")
+    assert (done.status, done.stdout, done.stderr) == (0, f"hsm-token {hsm_signer.__version__}\n", "")
 
 
 def test_cache_is_listed_without_tokens_and_cleared(scratch):

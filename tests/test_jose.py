@@ -12,7 +12,7 @@ from software_signer import SoftwareSigner
 
 from hsm_signer import ClientAssertion
 from hsm_signer.errors import ConfigError
-from hsm_signer.jose import b64url, json_b64url, jwk_set, sign_compact, thumbprint
+from hsm_signer.jose import b64url, json_b64url, jwk_set, sign_compact, thumbprint, unverified_claims
 from hsm_signer.verification import PublicKey
 
 RFC_7515_A_3_KEY = {
@@ -114,6 +114,26 @@ def test_a_key_set_has_the_public_key_and_the_certificate_where_there_is_one() -
     # RFC 7517 §4.7 is base64, §4.9 is base64url of the SHA-256
     certificate = {"x5c": ["+/+/"], "x5t#S256": b64url(sha256(b"\xfb\xff\xbf").digest())}
     assert jwk_set(SIGNER, b"\xfb\xff\xbf") == {"keys": [key | certificate]}
+
+
+@pytest.mark.parametrize("claims", [{}, {"a": 1}, {"a": 12}, {"a": 123}, {"iss": "ü", "n": {"x": [None]}}])
+def test_the_claims_of_a_jws_are_read_from_it_and_from_its_signing_input(claims: dict[str, object]) -> None:
+    jws = sign_compact({"alg": "ES256"}, claims, SIGNER)
+    assert unverified_claims(jws) == unverified_claims(jws.rpartition(".")[0]) == claims
+
+
+@pytest.mark.parametrize(
+    "payload", [b"[]", b'"iss"', b"5", b"null", b"", b"{", b"\xff", b"[" * 100_000], ids=lambda each: each[:8]
+)
+def test_what_has_no_claims_gives_none(payload: bytes) -> None:
+    assert unverified_claims(f"{RFC_7515_A_3_HEADER}.{b64url(payload)}.{RFC_7515_A_3_SIGNATURE}") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "e30", "e30.", ".e30", "e30.e30.e30.e30", "e30.e3+.e30", "e30.e30=", "é.e30"]
+)
+def test_what_is_no_jws_has_no_claims(text: str) -> None:
+    assert unverified_claims(text) is None
 
 
 @pytest.mark.parametrize(
