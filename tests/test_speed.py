@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from endpoint import Endpoint
+from endpoint import Endpoint, Reply
 from faults import FaultyModule
 from office import Office
 
@@ -90,6 +90,17 @@ def test_a_cold_fetch_calls_the_module_at_most_42_times(
     assert (done.status, done.stderr) == (0, "")
     per_slot = {"C_GetSlotInfo", "C_GetTokenInfo"}  # the tests' SoftHSM has many tokens, an office's a few
     assert len([call for call in faulty.log() if call.function not in per_slot]) <= 42 - 2 * len(per_slot)
+    assert faulty.calls("C_SignInit") == 1
+
+
+def test_a_refusal_is_explained_without_a_signature(
+    scratch: Office, endpoint: Endpoint, faulty: FaultyModule
+) -> None:
+    endpoint.answer = Reply(401, {"error": "invalid_client"})
+    refused = scratch.configure(module=faulty.path, token_endpoint=endpoint.url)
+    done = refused.run("fetch", "--no-cache")
+    assert done.status == 6
+    assert str(scratch.profile["key-thumbprint"]) in done.stderr
     assert faulty.calls("C_SignInit") == 1
 
 

@@ -54,9 +54,8 @@ class HsmSigner:
             data = bytes(memoryview(data))
         if self.audit is None:
             return self._signed(data)
-        beside = thumbprint(ecdsa.jwk_from_point(self._point))
         serial = self._sessions.login.info.serial
-        with self.audit.signing(data, serial=serial, key=beside, object=self._name):
+        with self.audit.signing(data, serial=serial, key=self.verifies_under, object=self._name):
             return self._signed(data)
 
     def _signed(self, data: bytes) -> bytes:
@@ -79,6 +78,15 @@ class HsmSigner:
     def kid(self) -> str:
         """RFC 7638 thumbprint, 43 characters."""
         return thumbprint(self.jwk)
+
+    @property
+    def verifies_under(self) -> str:
+        """Thumbprint of the public half that each signature is verified under, to name the key to its owner.
+
+        Whoever has a signature can tell as much, so it costs no challenge, unlike :attr:`kid`, by which others
+        will know the key.
+        """
+        return thumbprint(ecdsa.jwk_from_point(self._point))
 
     @property
     def jwk(self) -> dict[str, str]:

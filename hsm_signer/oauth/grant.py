@@ -120,9 +120,16 @@ class Grant:
         )
 
     def _names(self, signer: Signer | None) -> tuple[str | None, str | None]:
-        """The key's thumbprint and the ``kid`` that was sent, as far as they can be told now."""
+        """The key's thumbprint and the ``kid`` that was sent, as far as they can be told now.
+
+        An explanation is worth no signature: where only a challenge would prove the thumbprint, it is named
+        without.
+        """
+        if signer is None:
+            return None, None
         try:
-            return (signer.kid, self.assertion.header(signer).get("kid")) if signer else (None, None)
+            thumbprint = getattr(signer, "verifies_under", None) or signer.kid
+            return thumbprint, self.assertion.header(signer).get("kid")
         except HsmSignerError as exc:  # the card was pulled meanwhile: what the server said matters more
             _log.info("the refusal is explained without the key's thumbprint: %s", exc)
             return None, None
