@@ -161,7 +161,6 @@ def test_a_file_that_others_can_write_is_refused(written, mode):
         load(written("[profiles.a]\n", mode))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="owners exist on POSIX only")
 def test_a_file_of_somebody_else_is_refused(written):
     options = written("[profiles.a]\n")
     os.chown(str(options["config"]), 65534, 65534)
