@@ -3,8 +3,9 @@
     pin = from_source("systemd:hsm-pin")
     with open_token("pkcs11:token=office", module=MODULE, pin=pin) as token: ...
 
-A source that gives nothing (no such file or variable, a command that fails) is a :class:`ConfigError`; a
-file that others could read or write, and bytes that can be no PIN, are a :class:`PinRefusedError`.
+A source that cannot be asked (no such file, variable, credential, command or keyring entry) is a
+:class:`ConfigError`. One that was asked and gave nothing to send (a command that fails, a keyring that does
+not answer, a file that others could read or write, bytes that can be no PIN) is a :class:`PinRefusedError`.
 """
 
 import logging
@@ -193,7 +194,7 @@ def _from_keyring(argument: str) -> str:
     except keyring.errors.KeyringError as exc:
         trouble = type(exc).__name__
     if trouble:  # raised out here: a foreign exception can carry anything
-        raise ConfigError(f"the keyring does not answer: {trouble}")
+        raise PinRefusedError(f"the keyring does not answer: {trouble}")
     if pin is None:
         raise ConfigError(f"the keyring has no password of {user} for {service}")
     return str(pin)
@@ -227,10 +228,10 @@ def _from_command(words: list[str]) -> bytes:
     if len(output) > MAX_SIZE:
         raise PinRefusedError(f"the PIN command {name} prints more than {MAX_SIZE} bytes")
     if status is None:
-        raise ConfigError(f"the PIN command {name} has not ended within {COMMAND_SECONDS:.0f} seconds")
+        raise PinRefusedError(f"the PIN command {name} has not ended within {COMMAND_SECONDS:.0f} seconds")
     if status != 0:
         how = f"with status {status}" if status > 0 else f"by signal {-status}"
-        raise ConfigError(f"the PIN command {name} ended {how}")
+        raise PinRefusedError(f"the PIN command {name} ended {how}")
     return output
 
 

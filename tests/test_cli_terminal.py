@@ -193,7 +193,11 @@ def test_no_file_of_ours_gets_the_number_of_a_closed_descriptor(scratch):
     assert [found[number] for number in "012"] == ["/dev/null"] * 3
 
 
-@pytest.mark.parametrize("arguments", [("config", "presets"), ("--help",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [("config", "presets"), ("--help",), ("doctor", "--offline"), ("--show-completion", "bash")],
+    ids=lambda arguments: arguments[0],
+)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 class TestStdoutThatCannotBeWritten:
     def run(self, office, arguments, unbuffered, stdout):
@@ -204,7 +208,8 @@ class TestStdoutThatCannotBeWritten:
             stderr=subprocess.PIPE,
             text=True,
             timeout=60,
-            env=environment | {"PYTHONUNBUFFERED": unbuffered},
+            env=environment
+            | {"PYTHONUNBUFFERED": unbuffered, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
         )
         return done.returncode, done.stderr.splitlines()
 

@@ -25,7 +25,7 @@ def test_two_spellings_of_a_path_are_one_module(soft_token: SoftToken, tmp_path:
 
 def test_a_module_says_who_it_is_and_that_it_was_told_of_threads(soft_token: SoftToken) -> None:
     info = module_info(soft_token.module)
-    assert (info.manufacturer, info.cryptoki_version, info.threads) == ("SoftHSM", (2, 40), True)
+    assert (info.manufacturer, info.cryptoki_version, info.threads) == ("SoftHSM", "2.40", True)
 
 
 def test_what_the_module_is_told_of_threads_is_told_by_a_spy(softhsm_module: str, tmp_path: Path) -> None:

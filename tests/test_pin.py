@@ -255,11 +255,21 @@ def test_what_a_command_says_goes_to_our_stderr(capfd: pytest.CaptureFixture[str
     [
         (f"sh -c 'echo {PIN}; exit 3'", "sh ended with status 3"),
         ("sh -c 'kill -9 $$'", "sh ended by signal 9"),
+    ],
+)
+def test_a_command_that_fails_is_an_error_without_its_output(command: str, told: str) -> None:
+    found = refusal(f"command:{command}")
+    assert isinstance(found, PinRefusedError) and told in str(found)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
         ("/no/such/vault-tool get pin", "vault-tool cannot be started: No such file"),
         ("/etc/passwd", "passwd cannot be started: Permission denied"),
     ],
 )
-def test_a_command_that_fails_is_an_error_without_its_output(command: str, told: str) -> None:
+def test_a_command_that_is_none_is_a_configuration_error(command: str, told: str) -> None:
     found = refusal(f"command:{command}")
     assert isinstance(found, ConfigError) and told in str(found)
 
@@ -282,7 +292,7 @@ def test_a_command_that_prints_without_end_is_stopped() -> None:
 def test_a_command_that_does_not_end_is_killed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hsm_signer.pin.COMMAND_SECONDS", 0.3)
     found = refusal(f"command:{command}")
-    assert isinstance(found, ConfigError) and "has not ended" in str(found)
+    assert isinstance(found, PinRefusedError) and "has not ended" in str(found)
 
 
 # --- systemd
@@ -349,7 +359,8 @@ def test_a_keyring_entry_is_named_by_service_and_user() -> None:
     assert made.unattended
     assert made() == PIN
     assert "no password of bob" in str(refusal("keyring:hsm/office/bob"))
-    assert "KeyringLocked" in str(refusal("keyring:locked/alice"))
+    locked = refusal("keyring:locked/alice")
+    assert isinstance(locked, PinRefusedError) and "KeyringLocked" in str(locked)
     for text in ("keyring:service", "keyring:/user", "keyring:service/"):
         assert isinstance(refusal(text), ConfigError)
 

@@ -1,7 +1,5 @@
 """``hsm-token assertion`` and ``exchange``: the two halves of ``fetch`` for an HSM host that has no way out."""
 
-import sys
-
 import typer
 
 from hsm_signer import assembly
@@ -37,7 +35,7 @@ def exchange(settings: Settings, output: OutputFormat = Format.token) -> None:
     Example: hsm-token exchange --profile das < assertion.txt
     """
     client = assembly.token_client(settings, None, cached=False)
-    text = sys.stdin.buffer.read(MAX_ASSERTION + 1).decode(errors="replace").strip()
+    text = terminal.read_stdin("a client assertion", MAX_ASSERTION).decode(errors="replace").strip()
     if not text or len(text) > MAX_ASSERTION:
         raise ConfigError(
             "stdin holds no client assertion", hint="pipe the output of hsm-token assertion into it"

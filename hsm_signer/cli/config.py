@@ -18,7 +18,7 @@ from hsm_signer.config import (
     new_file,
     prepared_module,
 )
-from hsm_signer.errors import ConfigError, ModuleError
+from hsm_signer.errors import ConfigError, ModuleError, TokenError
 
 app = typer.Typer()
 config = typer.Typer(name="config", help="Write and show the configuration.", no_args_is_help=True)
@@ -131,8 +131,13 @@ def _asked(given: Mapping[str, str | None]) -> dict[str, str | None]:
     if answers["preset"] == "fapi2":
         ask("issuer", lambda: terminal.ask("issuer (URL), the audience of the assertion"))
     ask("client_id", lambda: terminal.ask("client id"))
-    ask("module", ask_module)
-    ask("token", lambda: ask_token(str(answers["module"])))
+    while not (answers["module"] and answers["token"]):
+        ask("module", ask_module)
+        try:
+            ask("token", lambda: ask_token(str(answers["module"])))
+        except (ConfigError, TokenError) as wrong:  # another module may do, and nothing else is asked again
+            terminal.note(str(wrong))
+            answers["module"] = None
     ask("key", lambda: terminal.ask("label of the key, there or to be made", "das-key"))
     ask("pin_source", lambda: terminal.ask("where the PIN comes from", "prompt"))
     return answers

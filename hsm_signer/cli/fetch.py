@@ -1,5 +1,6 @@
 """``hsm-token fetch``: an access token."""
 
+import logging
 import time
 from collections.abc import Iterable
 from enum import StrEnum
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hsm_signer.oauth.response import TokenResponse
 
 app = typer.Typer()
+_log = logging.getLogger(__name__)
 
 
 class Format(StrEnum):
@@ -68,10 +70,22 @@ def fetch(
 
             keys.append(rollover.following(settings))
         response = None if force or no_cache else _kept(keys, min_validity)
-        if response is None and len(keys) > 1:
-            response = rollover.fetch_or_next(*(partial(ask, each) for each in keys))
-        response = response or ask(settings)
+        if response is None:
+            asks = [partial(ask, each) for each in keys]
+            response = rollover.fetch_or_next(*asks) if len(asks) > 1 else asks[0]()
+            _tell_of_a_short_life(response, min_validity)
     show(response, output)
+
+
+def _tell_of_a_short_life(response: "TokenResponse", wanted: int) -> None:
+    """A wish for more than the server gives makes each fetch ask it, which nobody would notice."""
+    lives = None if response.expires_at is None else response.expires_at - int(time.time())
+    if lives is not None and lives < wanted:
+        _log.warning(
+            "the access token lives %d s, fewer than the %d of --min-validity: each fetch asks the server",
+            lives,
+            wanted,
+        )
 
 
 def _kept(keys: Iterable[Settings], min_validity: int) -> "TokenResponse | None":

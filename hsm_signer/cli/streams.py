@@ -51,15 +51,20 @@ def prepare() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_WRONLY if descriptor == 2 else os.O_RDONLY), True)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # ours until the end
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="backslashreplace")
     sys.stdout = _text(_Stdout(1, "wb", closefd=False), sys.stdout)
     sys.stderr = _text(_Stderr(2, "wb", closefd=False), sys.stderr, line_buffering=True)
 
 
 def _text(raw: io.FileIO, before: Any, *, line_buffering: bool = False) -> io.TextIOWrapper:  # noqa: ANN401  # TextIO or None
-    """A stream like the one ``before``, ``None`` where its descriptor was closed."""
+    """A stream like the one ``before``, ``None`` where its descriptor was closed.
+
+    What the locale has no character for becomes an escape: a label or a path must not end the run.
+    """
     return io.TextIOWrapper(
         cast("io.BufferedWriter", io.BufferedWriter(raw)),
         encoding=before.encoding if before else "utf-8",
-        errors=before.errors if before else "backslashreplace",
+        errors="backslashreplace",
         line_buffering=line_buffering or raw.isatty(),
     )

@@ -9,11 +9,17 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from hsm_signer.text import shown
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 SPINNER_AFTER = 0.5  # seconds
-KEPT_WHOLE = 12  # characters of a cell
+GAP = 3  # blanks between the columns of a table
+MAX_OVERFLOW = 3  # columns of a table whose lines may be longer than the terminal is wide
 SPINNER_PERIOD = 0.1
 
 quiet = False  # set once by --quiet
@@ -67,19 +73,55 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         for row in clean:
             print("\t".join(row))
         return
-    from rich import box
     from rich.console import Console
+
+    console = Console()
+    gaps = GAP * (len(columns) - 1)
+    widths = _widths(columns, clean, console.width - gaps)
+    if sum(widths) + gaps <= console.width or len(columns) <= MAX_OVERFLOW:
+        console.width = max(console.width, sum(widths) + gaps)
+        console.print(_drawn(columns, clean, widths))
+        return
+    name_width = max(map(len, columns))
+    for row in clean:  # a record a block: nothing that a person copies is broken in two
+        for column, cell in zip(columns, row, strict=True):
+            print(f"{column:<{name_width + GAP}}{cell}".rstrip())
+        print()
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Widths of the columns: what is too much is taken from the widest, but no word is ever cut."""
+    cells = [[*column.split(), *(row[number] for row in rows)] for number, column in enumerate(columns)]
+    widths = [max(map(len, column), default=0) for column in cells]
+    least = [max((len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    while sum(widths) > room:
+        slack = [width - word for width, word in zip(widths, least, strict=True)]
+        if not any(slack):
+            break
+        widest = max((width, number) for number, width in enumerate(widths) if slack[number])[1]
+        widths[widest] -= 1
+    return widths
+
+
+def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int]) -> "Table":
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        # a thumbprint cut short is of no use; what is short, such as a date, stays in one piece
-        whole = all(len(row[number]) <= KEPT_WHOLE for row in clean)
-        drawn.add_column(column.replace(" ", "\n") if whole else column, overflow="fold", no_wrap=whole)
-    for row in clean:
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column, width in zip(columns, widths, strict=True):
+        drawn.add_column(column, width=width, overflow="fold")  # wide characters: nothing is cut
+    for row in rows:
         drawn.add_row(*map(Text, row))  # Text, not str: a label must not be read as markup
-    Console().print(drawn)
+    return drawn
+
+
+def moment(seconds: float) -> str:
+    """A moment as a person reads it, in UTC (ISO 8601)."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    except (ValueError, OverflowError, OSError):  # a year that no calendar has
+        return str(seconds)
 
 
 def ask(question: str, default: str | None = None) -> str:
@@ -117,6 +159,13 @@ def ask_secret(question: str) -> str:
 def somebody_there() -> bool:
     """Whether a person can be asked."""
     return sys.stdin.isatty()
+
+
+def read_stdin(what: str, limit: int) -> bytes:
+    """Read what is piped into us, a byte more than ``limit`` at most; a person who has to type it is told."""
+    if somebody_there():
+        note(f"reading {what} from the terminal; end with Ctrl-D")
+    return sys.stdin.buffer.read(limit + 1)
 
 
 class _Spinner:

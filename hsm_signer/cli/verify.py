@@ -1,7 +1,6 @@
 """``hsm-token verify``: an access token checked against its issuer's keys."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,8 @@ from hsm_signer import assembly
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError
+
+TIMES = ("exp", "iat", "nbf", "auth_time")  # NumericDate (RFC 7519 §4.1, OpenID Connect Core §2)
 
 app = typer.Typer()
 
@@ -52,11 +53,14 @@ def verify(
     else:
         terminal.table(
             ("claim", "value"),
-            [
-                (name, value if isinstance(value, str) else json.dumps(value))
-                for name, value in verified.claims.items()
-            ],
+            [(name, _told(name, value)) for name, value in verified.claims.items()],
         )
+
+
+def _told(name: str, value: object) -> str:
+    if name in TIMES and isinstance(value, int | float):
+        return terminal.moment(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _keys(settings: Settings, jwks: str | None) -> Callable[[], object]:
@@ -76,7 +80,7 @@ def _read(file: Path | None) -> bytes:
 
     try:
         if file is None:
-            return sys.stdin.buffer.read(MAX_SIZE + 2).strip()
+            return terminal.read_stdin("an access token", MAX_SIZE + 1).strip()
         with file.open("rb") as opened:
             return opened.read(MAX_SIZE + 2).strip()
     except OSError as unreadable:

@@ -60,7 +60,7 @@ def module(x: Examination) -> Outcome:
 
     info = module_info(path)
     x.module = path
-    version, cryptoki = "{}.{}".format(*info.version), "{}.{}".format(*info.cryptoki_version)
+    version, cryptoki = info.version, info.cryptoki_version
     threads = "for threads" if info.threads else "one call at a time"
     return ok(
         f"{info.description} {version} by {info.manufacturer}, PKCS#11 {cryptoki}, {threads}: {path}",
@@ -81,7 +81,7 @@ def token(x: Examination) -> Outcome:
     from hsm_signer.hsm import module as modules
     from hsm_signer.hsm.pins import judge_lock
     from hsm_signer.hsm.search import find_token
-    from hsm_signer.hsm.uri import token_uri
+    from hsm_signer.hsm.uri import Uri, token_uri
 
     uri = token_uri(wanted)
     info = find_token(modules.load(path), uri).info
@@ -91,7 +91,7 @@ def token(x: Examination) -> Outcome:
     facts = {
         "token_vendor": info.manufacturer,
         "token_model": info.model,
-        "firmware": "{}.{}".format(*info.firmware_version),
+        "firmware": info.firmware_version,
         "hardware": info.hardware,
         "flags": sorted(info.flags),
     }
@@ -104,9 +104,7 @@ def token(x: Examination) -> Outcome:
     if "USER_PIN_TO_BE_CHANGED" in info.flags:
         return warning(evidence, "the token wants another PIN: change it with the token's own tool", facts)
     is_pinned = uri.serial is not None or set(info.serial) <= _UNPINNED_SERIAL
-    advice = (
-        None if is_pinned else f'pin its serial: token = "pkcs11:token={info.label};serial={info.serial}"'
-    )
+    advice = None if is_pinned else f'pin its serial: token = "{Uri(token=info.label, serial=info.serial)}"'
     return ok(evidence, facts, advice=advice)
 
 

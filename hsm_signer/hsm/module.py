@@ -216,8 +216,8 @@ class ModuleInfo:
     path: str
     manufacturer: str
     description: str
-    version: tuple[int, int]
-    cryptoki_version: tuple[int, int]
+    version: str
+    cryptoki_version: str
     threads: bool
 
 
@@ -229,8 +229,8 @@ class TokenInfo:
     serial: str
     manufacturer: str
     model: str
-    hardware_version: tuple[int, int]
-    firmware_version: tuple[int, int]
+    hardware_version: str
+    firmware_version: str
     flags: frozenset[str]
     slot_id: int
     hardware: bool
@@ -276,8 +276,8 @@ def module_info(path: str) -> ModuleInfo:
         path=module.path,
         manufacturer=library.manufacturer_id,
         description=library.library_description,
-        version=library.library_version,
-        cryptoki_version=library.cryptoki_version,
+        version=_version(library.library_version),
+        cryptoki_version=_version(library.cryptoki_version),
         threads=module.locked,
     )
 
@@ -324,12 +324,17 @@ def token_info(token: Any) -> TokenInfo:  # python-pkcs11's Token
         serial=token.serial.decode("utf-8", "replace").rstrip("\0 "),
         manufacturer=token.manufacturer_id,
         model=token.model,
-        hardware_version=token.hardware_version,
-        firmware_version=token.firmware_version,
+        hardware_version=_version(token.hardware_version),
+        firmware_version=_version(token.firmware_version),
         flags=frozenset(flag.name for flag in TokenFlag if flag & token.flags and flag.name),
         slot_id=token.slot.slot_id,
         hardware=bool(token.slot.flags & SlotFlag.HW_SLOT),
     )
+
+
+def _version(numbers: tuple[int, int]) -> str:
+    """``CK_VERSION`` as vendors print it."""
+    return "{}.{}".format(*numbers)
 
 
 def attributes_of(module: Module, token: Any, info: TokenInfo) -> dict[str, object]:

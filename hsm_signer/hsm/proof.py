@@ -115,8 +115,8 @@ class Proof:
                 "serial": self.token.serial,
                 "manufacturer": self.token.manufacturer,
                 "model": self.token.model,
-                "hardware_version": "{}.{}".format(*self.token.hardware_version),
-                "firmware_version": "{}.{}".format(*self.token.firmware_version),
+                "hardware_version": self.token.hardware_version,
+                "firmware_version": self.token.firmware_version,
             },
             "claimed": {"holds": self.claims_hold, "attributes": dict(self.claimed)},
             "probed": {

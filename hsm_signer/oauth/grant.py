@@ -65,7 +65,10 @@ class Grant:
 
         outcome: Outcome = until_verdict(attempt, deadline, once=once)
         if isinstance(outcome, TokenResponse):
-            _log.info("granted: scope %r, until %s", outcome.scope, outcome.expires_at or "nobody knows when")
+            until = outcome.expires_at and time.strftime(
+                "%Y-%m-%dT%H:%M:%SZ", time.gmtime(outcome.expires_at)
+            )
+            _log.info("granted: scope %r, until %s", outcome.scope, until or "nobody knows when")
         return outcome
 
     def _errand(self, signer: Signer | None) -> AbstractContextManager[dict[str, object]]:
