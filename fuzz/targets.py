@@ -118,6 +118,7 @@ def uri_seeds() -> Iterable[bytes]:
         b"pkcs11:token=a?pin-source=file:/etc/pin&module-name=x",
         b"pkcs11:token=a;pin-value=19283746",
         b"pkcs11:token=a;pin-value=19283746#",
+        b"pkcs11:token=a;type=privatepin-value=19283746",
         b"pkcs11:type=cert;token=%zz",
     )
 

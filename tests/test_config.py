@@ -111,6 +111,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch):
     [
         "lifetime = 'soon'",
         "lifetime = true",
+        "clock-offset = -601",
         "scope = 5",
         "scope = ''",
         "verify = 1",
@@ -173,6 +174,12 @@ def test_a_named_file_must_be_there_and_the_usual_one_need_not(tmp_path, monkeyp
     assert load({}).config is None
     with pytest.raises(ConfigError, match="no configuration file"):
         load({"config": str(tmp_path / "none.toml")})
+
+
+def test_a_file_that_cannot_be_read_is_an_error_with_the_systems_reason(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot read .*: Not a directory"):
+        load({"config": str(tmp_path / "file" / "config.toml")})
 
 
 def test_the_working_directory_is_never_looked_into(tmp_path, monkeypatch):

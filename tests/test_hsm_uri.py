@@ -134,9 +134,17 @@ def test_everything_else_is_a_configuration_error(text: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["pkcs11:pin-value=19283746", "pkcs11:token=a;pin-value=19283746#"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pkcs11:pin-value=19283746",
+        "pkcs11:token=a;pin-value=19283746#",
+        "pkcs11:token=a;type=privatepin-value=19283746",
+        "pkcs11:slot-id=1pin-value=19283746",
+    ],
+)
 def test_a_pin_in_the_path_is_not_shown_either(text: str) -> None:
-    with pytest.raises(ConfigError, match="pin-value") as caught:
+    with pytest.raises(ConfigError, match="PKCS#11 URI") as caught:
         token_uri(text)
     assert "19283746" not in f"{caught.value}{caught.value.hint}"
 

@@ -252,6 +252,7 @@ def test_a_chain_is_several_certificates() -> None:
         self_signed() + b"\x00",
         self_signed()[:-1],
         self_signed() + b"\x00" * x509.MAX_BYTES,
+        self_signed(not_before=datetime(2050, 1, 1, tzinfo=UTC)).replace(b"20500101", b"00000101"),
     ],
 )
 def test_what_is_no_certificate_is_a_configuration_error(data: bytes) -> None:

@@ -25,6 +25,11 @@ _TEXTS = frozenset(
 )
 _KEY_ATTRIBUTES = frozenset({"object", "type", "id"})
 _TYPES = frozenset({"public", "private", "cert", "secret-key", "data"})
+_FORMS = {
+    "type": "public, private, cert, secret-key or data",
+    "slot-id": "a number",
+    "library-version": "a version such as 3 or 2.40",
+}
 _QUERY_SETTINGS = {
     "module-path": "module",
     "module-name": "module",
@@ -136,8 +141,8 @@ def _read(name: str, written: str) -> Value:
         return int(text)
     if name == "library-version" and (version := re.fullmatch(r"([0-9]{1,3})(?:\.([0-9]{1,3}))?", text)):
         return int(version[1]), int(version[2] or 0)
-    if name in ("type", "slot-id", "library-version"):
-        raise ConfigError(f"{name} of the PKCS#11 URI cannot be {text!r}")
+    if name in _FORMS:
+        raise ConfigError(f"{name} of the PKCS#11 URI must be {_FORMS[name]}")
     raise ConfigError(
         f"no attribute of a PKCS#11 URI that we know: {name!r}",
         hint="token, manufacturer, serial, model, object, id, type, slot-…, library-…: RFC 7512 §2.3",
