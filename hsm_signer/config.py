@@ -1,7 +1,8 @@
 """Settings: options over environment over profile over preset over default, each with where it came from.
 
 The configuration file chooses code that sees the PIN (the module, a ``command:`` source), so it is judged like
-one: a regular file of ours or root's that nobody else can write, and never one in the working directory.
+one: a regular file of ours or root's that nobody else can write or replace, and never one in the working
+directory.
 """
 
 import os
@@ -352,13 +353,11 @@ def _parsed(name: str, value: object, source: str) -> object:
 def _document(named: object) -> tuple[Path, Mapping[str, object]]:
     path = Path(str(named)).absolute() if named else paths.config_file()
     try:
-        text = files.read_bytes(path.resolve(), max_size=toml.MAX_SIZE, forbidden=files.UNTOUCHED)
+        if not named and not path.exists():  # where no file is, none was put there either
+            return path, {}
+        text = files.read_bytes(files.guarded(path), max_size=toml.MAX_SIZE, forbidden=files.UNTOUCHED)
     except FileNotFoundError:
-        if named:
-            raise ConfigError(
-                f"no configuration file {path}", hint="hsm-token config init writes one"
-            ) from None
-        return path, {}
+        raise ConfigError(f"no configuration file {path}", hint="hsm-token config init writes one") from None
     except OSError as unreadable:
         raise ConfigError(f"cannot read {path}: {unreadable.strerror}") from None
     try:
@@ -451,7 +450,7 @@ def prepared_module(settings: Settings) -> str:
     settings.require("module")
     module = Path(str(settings.module)).absolute()
     try:
-        files.open_regular(module.resolve(), forbidden=files.UNTOUCHED).close()
+        files.open_regular(files.guarded(module), forbidden=files.UNTOUCHED).close()
     except OSError as missing:
         raise ModuleError(f"no PKCS#11 module {module}: {missing.strerror}") from None
     os.environ.update(settings.module_env or {})

@@ -157,7 +157,7 @@ def jwks_file(path: Path) -> Callable[[], object]:
 
     def read() -> object:
         try:
-            content = files.read_bytes(path.resolve(), max_size=MAX_JWKS_SIZE, forbidden=files.UNTOUCHED)
+            content = files.read_bytes(files.guarded(path), max_size=MAX_JWKS_SIZE, forbidden=files.UNTOUCHED)
         except OSError as unreadable:
             raise ConfigError(f"cannot read the JWK Set {path}: {unreadable.strerror}") from None
         return _json_object(content, "JWK Set")

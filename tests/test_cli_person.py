@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -137,3 +138,28 @@ def test_config_init_keeps_the_answers_when_a_module_does_not_load(office: Offic
     assert screen.count("client id") == 1
     assert re.search(r"hsm-token: .*broken\.so", screen)
     assert json.dumps(office.profile["module"]) in new.read_text()
+
+
+def test_a_module_or_a_configuration_file_that_others_could_replace_is_refused(
+    office: Office, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shutil.copy(office.profile["module"], shared / "module.so")
+    scratch = offices.found(tmp_path, office.token)
+    config = shared / "config.toml"
+    config.write_bytes(scratch.config.read_bytes())
+    config.chmod(0o600)
+    commands = (("slots", "--module", str(shared / "module.so")), ("config", "show", "--config", str(config)))
+    for arguments in commands:
+        shared.chmod(0o755)
+        assert scratch.run(*arguments).status == 0
+        shared.chmod(0o777)
+        done = scratch.run(*arguments)
+        assert (done.status, done.stdout) == (2, "")
+        assert done.lines == [
+            f"error: {shared} has mode 0777: other users could put another file into it",
+            f"hint: chmod 0755 {shared}",
+        ]
+    environment = {"XDG_CONFIG_HOME": str(shared), "HSM_TOKEN_CONFIG": ""}
+    assert scratch.run("config", "show", environment=environment).status == 0  # where none is, none was put

@@ -348,3 +348,102 @@ def test_a_dangling_link_exists(tmp_path: Path) -> None:
 
 def test_an_unsafe_file_is_a_configuration_error() -> None:
     assert issubclass(UnsafeFileError, ConfigError)
+
+
+# --- what a path passes
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    path = tmp_path / "above" / "beside" / "file"
+    path.parent.mkdir(parents=True)
+    files.create(path, b"content")
+    return path
+
+
+def test_links_are_followed_and_what_root_keeps_is_passed(deep: Path, tmp_path: Path) -> None:
+    (tmp_path / "to-directory").symlink_to("above")
+    (deep.parent / "to-file").symlink_to("../beside/file")
+    for path in (deep, tmp_path / "to-directory" / "beside" / "to-file", Path("/etc/passwd"), Path("/lib")):
+        assert files.guarded(path) == path.resolve()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757, 0o2777])
+@pytest.mark.parametrize("above", [0, 1])
+def test_a_directory_that_others_can_write_is_refused_with_the_remedy(
+    deep: Path, mode: int, above: int
+) -> None:
+    directory = deep.parents[above]
+    directory.chmod(mode)
+    with pytest.raises(UnsafeFileError, match=f"{mode:04o}: other users could put another file") as caught:
+        files.guarded(deep)
+    assert caught.value.hint == f"chmod {mode & ~0o022:04o} {directory}"
+    directory.chmod(0o1777)  # as /tmp: nobody else can rename or remove what is ours
+    assert files.guarded(deep) == deep
+
+
+def test_a_link_is_judged_by_where_it_lies_not_by_where_it_leads(deep: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    (shared / "link").symlink_to(deep)
+    (tmp_path / "link").symlink_to(shared / "link")
+    for path in (shared / "link", tmp_path / "link", shared / ".." / "link"):
+        with pytest.raises(UnsafeFileError, match="shared has mode 0777"):
+            files.guarded(path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        files.guarded(tmp_path / "loop")
+    with pytest.raises(FileNotFoundError):
+        files.guarded(deep.with_name("none"))
+
+
+def test_directories_and_links_of_another_user_are_refused(deep: Path, tmp_path: Path) -> None:
+    sticky = tmp_path / "sticky"
+    sticky.mkdir()
+    sticky.chmod(0o1777)
+    (sticky / "link").symlink_to(deep)
+    assert files.guarded(sticky / "link") == deep
+    os.chown(sticky / "link", NOBODY, NOBODY, follow_symlinks=False)
+    with pytest.raises(UnsafeFileError, match=f"link belongs to user id {NOBODY}"):
+        files.guarded(sticky / "link")
+    os.chown(deep.parent, NOBODY, NOBODY)
+    with pytest.raises(UnsafeFileError, match=f"beside belongs to user id {NOBODY}"):
+        files.guarded(deep)
+
+
+GROUPS = """
+set -eu
+printf 'me:x:0:0::/:/bin/sh\n' > passwd
+printf 'root:x:0:\nme:x:4242:\nme2:x:4243:\nstaff:x:4244:\n' > group
+mount --bind passwd /etc/passwd
+mount --bind group /etc/group
+mkdir shared && touch shared/file
+for gid in 0 4242 4243 4244 9999; do
+    chgrp $gid shared && chmod 2775 shared && "$@" $gid
+done
+printf 'me:x:4242:me,you\n' > group
+chgrp 4242 shared && "$@" with-you
+chmod 0777 shared
+mount --bind shared shared && mount -o remount,ro,bind shared
+"$@" read-only
+"""
+GUARDED = """
+import sys
+from pathlib import Path
+from hsm_signer import errors, files
+try:
+    files.guarded(Path("shared/file"))
+    print(sys.argv[1])
+except errors.UnsafeFileError as unsafe:
+    print(sys.argv[1], "refused", unsafe.hint.split()[1])
+"""
+
+
+def test_groups_that_hold_nobody_else_and_mounts_that_nobody_writes_are_passed(tmp_path: Path) -> None:
+    command = ["unshare", "--mount", "sh", "-c", GROUPS, "sh", sys.executable, "-c", GUARDED]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        *("0", "4242", "4243 refused 2755", "4244 refused 2755", "9999 refused 2755"),
+        *("with-you refused 2755", "read-only"),
+    ], done.stderr
