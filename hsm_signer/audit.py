@@ -32,7 +32,6 @@ from hsm_signer.locks import try_lock
 
 START = "0" * 64  # what the first line names as the hash of the line before
 LOCK_WAIT = 30.0  # seconds; a line takes a few milliseconds, and many may wait on a slow disk
-SYSLOG = "/dev/log"
 _SYSLOG_WAIT = 1.0  # seconds
 _AUTHPRIV_INFO = 10 * 8 + 6  # RFC 5424 §6.2.1
 _TAIL = 64 * 1024  # bytes that surely hold the last line
@@ -127,7 +126,7 @@ class AuditLog:
 
     @contextmanager
     def signing(self, data: bytes, **facts: str | None) -> Iterator[None]:
-        """:meth:`use` for a signature over ``data``; of an assertion in an :meth:`errand` that has the outcome."""
+        """:meth:`use` for a signature over ``data``; an :meth:`errand` around it writes the outcome of an assertion."""
         described = _described(data) | facts
         endpoint, answer = _ERRAND.get() if described["intent"] == "assertion" else (None, None)
         with self._outcome() as outcome:
@@ -140,7 +139,7 @@ class AuditLog:
 
     @contextmanager
     def errand(self, endpoint: str) -> Iterator[dict[str, object]]:
-        """In the block an assertion is signed for this endpoint, and what is put into the outcome is the answer.
+        """Write the outcome of the assertion that the block signs for this endpoint, with the answer put into it.
 
         It goes past ``Signer.sign(bytes)``, which knows of no servers.
         """

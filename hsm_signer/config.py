@@ -114,9 +114,7 @@ def _timeout(value: object) -> tuple[float, float]:
 def _syslog(value: object) -> str | None:
     """``true`` for where syslog daemons listen."""
     if type(value) is bool:
-        from hsm_signer.audit import SYSLOG
-
-        return SYSLOG if value else None
+        return "/dev/log" if value else None
     return _text(value)
 
 

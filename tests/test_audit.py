@@ -1,6 +1,7 @@
 """The audit log: what is done to it shows, what cannot be written is not signed, and nobody loses a line."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -193,7 +194,13 @@ def test_moved_lines_show(audit_log):
 
 def test_an_outcome_of_nothing_shows_in_a_chain_that_fits(audit_log):
     for begun in (1, 99, None):
-        audit_log._append({"of": begun, "outcome": "signed"})
+        *_, last = lines(audit_log)
+        links = {
+            "number": len(lines(audit_log)) + 1,
+            "previous": hashlib.sha256(last.rstrip(b"\n")).hexdigest(),
+        }
+        with audit_log.path.open("a") as file:
+            file.write(json.dumps(links | {"of": begun, "outcome": "signed"}) + "\n")
     assert audit_log.verify().findings == tuple(
         f"line {at} is the outcome of nothing that was begun" for at in (7, 8, 9)
     )
@@ -391,27 +398,17 @@ def test_an_error_of_the_use_matters_more_than_a_log_that_cannot_be_written_any_
     assert "has the intent, and the outcome cannot be written" in caplog.text
 
 
-def test_appending_is_all_that_is_asked_of_the_file(audit_log):
+def test_the_file_is_opened_for_appending_alone(audit_log, monkeypatch):
     """So an administrator may allow no more (chattr +a)."""
-    descriptors = []
-    real = os.write
-    flags = 0
+    modes, write_through = [], os.write
 
-    def watched(descriptor: int, data: bytes) -> int:
-        nonlocal flags
-        import fcntl
+    def watched(descriptor: int, line: bytes) -> int:
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND)
+        return write_through(descriptor, line)
 
-        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        descriptors.append(descriptor)
-        return real(descriptor, data)
-
-    os.write = watched
-    try:
-        use(audit_log)
-    finally:
-        os.write = real
-    assert len(descriptors) == 2
-    assert flags & os.O_APPEND
+    monkeypatch.setattr(os, "write", watched)
+    use(audit_log)
+    assert modes == [os.O_APPEND, os.O_APPEND]
 
 
 # ---- many at once ----
@@ -499,6 +496,17 @@ def test_a_syslog_that_is_not_there_is_a_warning(tls_office: Office, tmp_path: P
         * 2
     )
     assert office.run("audit", "head").stdout.startswith("2:")
+
+
+def test_a_syslog_that_takes_nothing_is_not_waited_for(audit_log, daemon, caplog, monkeypatch):
+    monkeypatch.setattr("hsm_signer.audit._SYSLOG_WAIT", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as full, pytest.raises(BlockingIOError):
+        full.setblocking(False)
+        while True:
+            full.sendto(b"x", daemon.getsockname())
+    use(AuditLog(audit_log.path, syslog=daemon.getsockname()))
+    assert caplog.text.count("did not reach syslog") == 2
+    assert audit_log.head().count == 8
 
 
 def test_true_means_the_socket_of_the_machine_and_false_none(tls_office: Office, tmp_path: Path) -> None:
@@ -800,7 +808,9 @@ def test_each_attempt_is_a_use_of_the_key(audited_client, endpoint, tmp_path):
     assert len(endpoint.seen) == 2
 
 
-def test_a_client_of_another_server_at_the_same_time_has_lines_of_its_own(audited_client, endpoint, tmp_path):
+def test_an_assertion_for_another_server_at_the_same_time_has_lines_of_its_own(
+    audited_client, endpoint, tmp_path
+):
     arrived, go_on = threading.Event(), threading.Event()
 
     def wait(_):
@@ -812,8 +822,9 @@ def test_a_client_of_another_server_at_the_same_time_has_lines_of_its_own(audite
     asking = threading.Thread(target=audited_client.fetch)
     asking.start()
     assert arrived.wait(30)
-    signer = audited_client._signer
-    ClientAssertion("das-api-auth", "https://other.test/").issue(signer)
+    other = SoftwareSigner()
+    with AuditLog(tmp_path / "audit.jsonl").signing(b"e30.eyJpc3MiOiJhIiwiYXVkIjoiYiJ9", key=other.kid):
+        other.sign(b"e30.eyJpc3MiOiJhIiwiYXVkIjoiYiJ9")
     go_on.set()
     asking.join()
     path = tmp_path / "audit.jsonl"

@@ -50,7 +50,10 @@ def imported(office: Office, *options: str) -> set[str]:
 
 
 def test_a_cached_fetch_imports_nothing_that_a_miss_alone_needs(scratch: Office) -> None:
+    with scratch.config.open("a") as profile:
+        profile.write('audit-log = "audit.jsonl"\naudit-syslog = true\n')
     assert scratch.run("fetch").status == 0
+    assert (scratch.home / "audit.jsonl").exists()
     assert imported(scratch) & (ONLY_A_MISS_NEEDS | NO_FETCH_NEEDS) == set()
 
 
