@@ -192,18 +192,25 @@ def test_moved_lines_show(audit_log):
     assert audit_log.verify().findings
 
 
+def forge(log: AuditLog, number: int, **facts: object) -> None:
+    """Add a line whose hash fits."""
+    previous = hashlib.sha256(lines(log)[-1].rstrip(b"\n")).hexdigest()
+    with log.path.open("a") as file:
+        file.write(json.dumps({"number": number, "previous": previous} | facts) + "\n")
+
+
 def test_an_outcome_of_nothing_shows_in_a_chain_that_fits(audit_log):
-    for begun in (1, 99, None):
-        *_, last = lines(audit_log)
-        links = {
-            "number": len(lines(audit_log)) + 1,
-            "previous": hashlib.sha256(last.rstrip(b"\n")).hexdigest(),
-        }
-        with audit_log.path.open("a") as file:
-            file.write(json.dumps(links | {"of": begun, "outcome": "signed"}) + "\n")
+    for number, begun in ((7, 1), (8, 99), (9, None)):
+        forge(audit_log, number, of=begun, outcome="signed")
     assert audit_log.verify().findings == tuple(
         f"line {at} is the outcome of nothing that was begun" for at in (7, 8, 9)
     )
+
+
+@pytest.mark.parametrize("number", [1, 6, 8])
+def test_a_number_that_does_not_go_on_shows_in_a_chain_that_fits(audit_log, number):
+    forge(audit_log, number, intent="proof")
+    assert audit_log.verify().findings == ("lines before line 7 were changed, removed, inserted or moved",)
 
 
 @pytest.mark.parametrize("kept", range(6))
