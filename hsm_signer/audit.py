@@ -157,15 +157,15 @@ class AuditLog:
         try:
             yield outcome
         except BaseException as exc:
-            outcome["error"] = type(exc).__name__
             code = getattr(exc, "code", None)
-            if outcome.get("of") is not None:
+            told = {"error": type(exc).__name__, "code": code if isinstance(code, str) else None}
+            if "of" in outcome:
                 try:
-                    self._append(outcome | {"code": code if isinstance(code, str) else None})
+                    self._append(outcome | told)
                 except AuditLogError as also:
                     log.warning("%s", also)
             raise
-        if outcome:
+        if "of" in outcome:
             self._append(outcome)
 
     def head(self) -> Head:

@@ -971,3 +971,9 @@ def test_a_signer_of_another_kind_keeps_a_log_by_the_same_two_names(endpoint, ca
     intent, outcome = records(tmp_path / "audit.jsonl")
     assert (intent["intent"], intent["endpoint"]) == ("assertion", endpoint.url)
     assert (outcome["outcome"], outcome["answer"]) == ("signed", "accepted")
+
+
+def test_an_errand_without_a_signature_writes_nothing(audit_log):
+    with audit_log.errand("https://as.test/") as line:
+        line["answer"] = "accepted"
+    assert audit_log.head().count == 6

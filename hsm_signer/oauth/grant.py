@@ -6,18 +6,11 @@ What fails while an assertion is around is returned, not raised: a traceback kee
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hsm_signer.assertion import ClientAssertion
-from hsm_signer.errors import (
-    AuditLogError,
-    HsmSignerError,
-    OAuthError,
-    TokenResponseError,
-    TransportError,
-)
+from hsm_signer.errors import HsmSignerError, OAuthError, TokenResponseError, TransportError
 from hsm_signer.jose import Signer, unverified_claims
 from hsm_signer.oauth.hints import refusal_hint
 from hsm_signer.oauth.response import TokenResponse, parse
@@ -31,7 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Outcome = TokenResponse | OAuthError | TransportError | AuditLogError
+Outcome = TokenResponse | OAuthError | TransportError
 
 
 @dataclass(frozen=True)
@@ -52,15 +45,15 @@ class Grant:
         Each attempt takes the next of ``assertions``; ``signer``, which makes them, is named in hints. With
         ``once`` it is not tried again after a part of a request may have been sent.
         """
+        log: AuditLog | None = getattr(signer, "audit", None)
 
         def attempt(number: int) -> Outcome:
             _log.info("asking %s for an access token, attempt %d", self.endpoint, number)
-            try:
-                with self._errand(signer) as told:
-                    outcome = self._attempt(assertions, deadline, signer)
-                    told.update(_answer(outcome))
-            except AuditLogError as unwritten:
-                return unwritten.with_traceback(None)
+            if log is None:
+                return self._attempt(assertions, deadline, signer)
+            with log.errand(self.endpoint.text) as line:
+                outcome = self._attempt(assertions, deadline, signer)
+                line.update(_answer(outcome))
             return outcome
 
         outcome: Outcome = until_verdict(attempt, deadline, once=once)
@@ -70,11 +63,6 @@ class Grant:
             )
             _log.info("granted: scope %r, until %s", outcome.scope, until or "nobody knows when")
         return outcome
-
-    def _errand(self, signer: Signer | None) -> AbstractContextManager[dict[str, object]]:
-        """What the audit log of a signer is to be told of the answer, if it keeps one."""
-        log: AuditLog | None = getattr(signer, "audit", None)
-        return nullcontext({}) if log is None else log.errand(self.endpoint.text)
 
     def _attempt(self, assertions: Iterator[str], deadline: float, signer: Signer | None) -> Outcome:
         now = int(time.time())
