@@ -146,7 +146,7 @@ def test_an_import_that_did_one_of_these_would_be_found(line: str, complaint: st
 
 def test_the_commands_of_every_day_warn_of_nothing(tls_office: Office, tmp_path: Path) -> None:
     office = tls_office.copy(tmp_path).configure(
-        cache=str(tmp_path / "cache"), state_dir=str(tmp_path / "state")
+        cache=str(tmp_path / "cache"), state_dir=str(tmp_path / "state"), audit_log="audit.jsonl"
     )
     strict = {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"}
     assertion = ""
@@ -164,6 +164,7 @@ def test_the_commands_of_every_day_warn_of_nothing(tls_office: Office, tmp_path:
         ("config show", ""),
         ("cache list", ""),
         ("audit head", ""),
+        ("audit verify", ""),
     ):
         done = office.run(*words.split(), stdin=assertion if stdin else "", environment=strict)
         assert done.status == 0, f"{words}: {done.stderr}"
