@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,31 @@ def test_a_pin_typed_on_the_pad_is_never_seen(behind: SoftToken, faulty: FaultyM
     faulty.set("pin-pad", f"pin {behind.pin}")
     with opened(behind, pin=PIN_PAD) as token:
         verify(token.signer(KEY), token.signer(KEY).sign(DATA))
+
+
+def test_while_a_person_types_at_the_pad_of_a_token_others_open_use_and_close_another(
+    behind: SoftToken, faulty: FaultyModule, new_token: Callable[..., SoftToken]
+) -> None:
+    another = replace(new_token(), module=faulty.path)
+
+    def use(which: SoftToken, pin: object) -> None:
+        with opened(which, pin=pin) as token:
+            signer = token.signer(KEY)
+            verify(signer, signer.sign(DATA))
+
+    with ThreadPoolExecutor(2) as pool, opened(another) as logged_in:
+        logged_in.generate_key(KEY)
+        before = faulty.calls("C_Login")
+        faulty.set("pin-pad", f"pin {behind.pin}", "hang C_Login")
+        typing = pool.submit(use, behind, PIN_PAD)
+        try:
+            while faulty.calls("C_Login") == before:
+                time.sleep(0.01)
+            pool.submit(use, another, another.pin).result(timeout=30)
+            assert not typing.done()
+        finally:
+            faulty.set("pin-pad", f"pin {behind.pin}")
+        typing.result(timeout=30)
 
 
 def test_a_pin_source_leaves_no_marker_after_a_device_that_never_saw_the_pin(

@@ -5,6 +5,7 @@ and closing the one that python-pkcs11 opened with the PIN logs everybody out. S
 """
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ class Login:
         self.token = found.token
         self.info = found.info
         self.key = f"{found.info.identity} in slot {found.info.slot_id}"
+        # held while it logs in, which takes minutes where a person types at a PIN pad; after the module's, never before
+        self.lock = threading.RLock() if module.locked else module.lock
         self.users = 0
         self.epoch = 0
         self.hashes = False  # the token signs with CKM_ECDSA_SHA256 only
@@ -102,7 +105,7 @@ class Login:
             return
         pins.judge_flags(info, allow_final_try=allow_final_try)
         text = pins.fetch(pin, info)  # no lock is held while a person is asked
-        with self.module.lock:
+        with self.lock:  # and not the module's while one types at a PIN pad: others use their tokens
             if not self.authenticated:
                 self._log_in(pin, text, allow_final_try=allow_final_try)
 
@@ -167,7 +170,7 @@ class Login:
 
         ``seen``: the epoch of whoever found it broken; if that is over, somebody has done it already.
         """
-        with self.module.lock, ExitStack() as held:
+        with self.module.lock, self.lock, ExitStack() as held:
             if self.epoch != seen:
                 return
             if self.stale and self._pin is None:

@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 class Module:
     """One loaded module in one process.
 
-    ``lock`` is held around whatever concerns more than one session and, where ``locked`` is false, around
-    every call. ``generation`` counts initialisations: sessions of an earlier one are gone.
+    ``lock`` is held around whatever concerns more than one session, but a first login, and, where ``locked`` is
+    false, around every call. ``generation`` counts initialisations: sessions of an earlier one are gone.
     """
 
     def __init__(self, path: str, library: Library, *, locked: bool) -> None:
@@ -82,7 +82,12 @@ class Module:
 
     def locks(self) -> list["_Lock"]:
         """All that is held around calls, in the order in which to take them."""
-        return [self.lock, *(lane.lock for login in self.logins.values() for lane in login.lanes)]
+        logins = self.logins.values()
+        return [
+            self.lock,
+            *(login.lock for login in logins),
+            *(lane.lock for login in logins for lane in login.lanes),
+        ]
 
     def refresh(self) -> bool:
         """Start the module again if nobody uses it; whether that was done."""

@@ -182,6 +182,8 @@ class Sessions:
                 return  # another thread has done it
             logins = list(module.logins.values())
             for login in logins:
+                held.enter_context(login.lock)
+            for login in logins:
                 for lane in login.lanes:
                     held.enter_context(lane.lock)
             for pause in (0.1, 0.4, None):  # a server that comes back is not there at once
