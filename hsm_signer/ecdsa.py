@@ -97,7 +97,7 @@ def _raw(r: int, s: int, size: int) -> bytes:
 
 
 def _der(r: int, s: int) -> bytes:
-    der: bytes = _ecdsa_sig_value()({"r": r, "s": s}).dump(force=True)
+    der: bytes = _ecdsa_sig_value()({"r": r, "s": s}).dump()
     return der
 
 

@@ -209,7 +209,8 @@ OUT_OF_RANGE = "r or s of the ECDSA signature is outside 1…n−1"
 @pytest.mark.parametrize(
     ("read", "value", "text"),
     [
-        (ecdsa.raw_from_der, None, "a DER signature is bytes, found NoneType"),
+        (ecdsa.raw_from_der, "text", "a DER signature is bytes, found str"),
+        (ecdsa.raw_from_der, GOOD + b"\0", "9 bytes that are no DER ECDSA signature"),
         (ecdsa.raw_from_der, bytes(74), "74 bytes are no DER ECDSA signature of 32-byte integers"),
         (ecdsa.raw_from_der, bytes(73), "73 bytes that are no DER ECDSA signature"),
         (ecdsa.raw_from_der, sequence(ONE), "5 bytes that are no DER ECDSA signature"),

@@ -155,7 +155,7 @@ def _scope(members: Mapping[str, Any], asked: str, allow_narrower: bool) -> str:
     granted = members.get("scope")
     if granted is None:
         return asked  # RFC 6749 §5.1: left out means as asked
-    if not isinstance(granted, str) or not re.fullmatch(SCOPE, granted.strip(" ")):
+    if not isinstance(granted, str) or not re.fullmatch(SCOPE, granted := granted.strip(" ")):
         _reject("has a scope that is no list of scopes in text")
     missing = sorted(set(asked.split()) - set(granted.split()))
     if missing and not allow_narrower:
@@ -163,4 +163,4 @@ def _scope(members: Mapping[str, Any], asked: str, allow_narrower: bool) -> str:
             f"grants scope {printable(granted, 200)!r} and leaves out {' '.join(missing)!r}",
             hint="ask the operator of the authorization server to grant it to this client, or ask for less",
         )
-    return granted.strip(" ")
+    return granted
