@@ -32,6 +32,10 @@ def rows(office: Office) -> Iterator[Row]:
     bare.chmod(0o600)
     without = "the same, by a profile without `certificate` and `key-thumbprint`"
     yield Row(without, counted, _calls(office, [*fetch, "--config", str(bare)]), 42, 34)
+    stored = [HSM_TOKEN, "cert", "import", str(office.home / "es256_cert.pem")]
+    process(stored, office.environment)
+    beside = "the same again, with a certificate on the token"
+    yield Row(beside, counted, _calls(office, [*fetch, "--config", str(bare)]), 42, 34)
     one, two = (_calls(office, [sys.executable, "-c", SIGN, spy, count]) for count in ("1", "2"))
     yield Row("one more signature in the same process", "PKCS#11 calls", two - one, 3)
 

@@ -24,7 +24,7 @@ from hsm_signer.errors import (
     KeyAmbiguousError,
     KeyExportableError,
 )
-from hsm_signer.hsm import keys, proof
+from hsm_signer.hsm import attributes, keys, proof, public_half
 from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
 from hsm_signer.hsm.login import Login
@@ -85,7 +85,7 @@ def generate(lane: Lane, label: str, key_id: bytes | None) -> KeyInfo:
                 _generate_pair(session, label, chosen)
                 key = keys.find_key(session, uri, login)
                 _judge(key)
-                info = key.info(keys.require_proof(lane, key))
+                info = key.info(public_half.require_proof(lane, key))
                 if len(keys.find_keys(session, Uri(object=label), login)) > 1:  # another process was as fast
                     raise _taken(Uri(object=label))
             except (HsmSignerError, *FOREIGN):
@@ -150,7 +150,7 @@ def _destroy(login: Login, label: str, key_id: bytes) -> None:
     try:
         with login.writable() as session:
             for object_class in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
-                for handle in keys.search(session, template | {Attribute.CLASS: object_class}):
+                for handle in attributes.search(session, template | {Attribute.CLASS: object_class}):
                     handle.destroy()
     except FOREIGN as exc:
         log.warning(

@@ -1,43 +1,21 @@
-"""Keys on a token: found, described, and matched with the public half that is really theirs.
-
-Anybody without a PIN can plant public keys and certificates with our label and CKA_ID, and destroy the
-genuine ones. So a public half counts only after a fresh random challenge, signed by the private key, verified
-under it.
-"""
+"""Keys on a token: found, described, and asked to sign."""
 
 import hashlib
-import secrets
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from pkcs11 import _pkcs11
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.exceptions import (
-    AttributeSensitive,
-    AttributeTypeInvalid,
-    FunctionFailed,
-    GeneralError,
-    PKCS11Error,
-)
+from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 
 from hsm_signer import ecdsa
-from hsm_signer.errors import (
-    ConfigError,
-    HsmSignerError,
-    KeyAmbiguousError,
-    KeyMismatchError,
-    KeyNotFoundError,
-    PinRefusedError,
-    SignatureError,
-    SigningKeyError,
-)
+from hsm_signer.errors import KeyAmbiguousError, KeyMismatchError, KeyNotFoundError
+from hsm_signer.hsm import attributes
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.cryptoki import Functions
-from hsm_signer.hsm.login import MAPPER, Login
+from hsm_signer.hsm.login import Login
 from hsm_signer.hsm.sessions import Lane
 from hsm_signer.hsm.uri import Uri
 from hsm_signer.jose import thumbprint
@@ -58,10 +36,6 @@ FLAGS = {
     "derive": Attribute.DERIVE,
 }
 _ASKED = (Attribute.LABEL, Attribute.ID, Attribute.EC_PARAMS, Attribute.EC_POINT, *FLAGS.values())
-_OF_ANY_LENGTH = {Attribute.LABEL, Attribute.ID, Attribute.EC_PARAMS}
-_ROOM = 256  # bytes for each of these in one call; what is longer takes more calls
-_LONG_ROOM = 8192  # for a certificate
-_NOT_THERE = (AttributeTypeInvalid, AttributeSensitive, FunctionFailed, GeneralError)
 P256 = bytes.fromhex("06082a8648ce3d030107")  # secp256r1, RFC 5480 §2.1.1.1
 _CURVES = {
     P256: "P-256",
@@ -71,15 +45,6 @@ _CURVES = {
     bytes.fromhex("06052b81040023"): "P-521",
     bytes.fromhex("06052b8104000a"): "secp256k1",
 }
-_NOT_FOR_SIGNING = frozenset(
-    {
-        "CKR_KEY_FUNCTION_NOT_PERMITTED",
-        "CKR_KEY_TYPE_INCONSISTENT",
-        "CKR_KEY_SIZE_RANGE",
-        "CKR_MECHANISM_INVALID",
-    }
-)
-_CHALLENGE_PREFIX = b"hsm-signer: challenge\0"  # by which the audit log knows it
 
 
 @dataclass(frozen=True)
@@ -133,6 +98,10 @@ class FoundKey:
     flags: dict[str, bool]
 
     @property
+    def session(self) -> Any:
+        return self.handle.session
+
+    @property
     def uri(self) -> Uri:
         return Uri(object=self.label, id=self.id or None)
 
@@ -145,40 +114,6 @@ class FoundKey:
         return KeyInfo(self.label, self.id, self.curve, proved, self.flags, certificate)
 
 
-def search(
-    session: Any,
-    template: dict[Attribute, object],
-    how: Any = _pkcs11.SearchIter,  # type: ignore[attr-defined]  # python-pkcs11 ships no types
-) -> list[Any]:
-    """All objects that match, in one search that is always finished (``C_FindObjects``)."""
-    operation = how(session, template, 16)
-    try:
-        operation.__enter__()
-        return [found for batch in operation for found in batch]
-    finally:
-        with suppress(PKCS11Error):  # left to its destructor, it would be printed
-            operation._finalize()
-
-
-class _Numbers(_pkcs11.SearchIter):  # type: ignore[misc, name-defined]  # python-pkcs11 ships no types
-    """A search that asks nothing about what it finds."""
-
-    def _batch_iter(self, results: Any, count: int) -> list[int]:
-        return list(results[:count])
-
-
-def values(key: FoundKey, template: dict[Attribute, object], attribute: Attribute) -> list[bytes]:
-    """The attribute of each object that matches and has it: public keys and certificates, which are many."""
-    session = key.handle.session
-    if key.direct is not None:
-        numbers = search(session, template, _Numbers)
-        read_once = [key.direct.read(session.handle, each, [attribute], _LONG_ROOM) for each in numbers]
-        if None not in read_once:
-            return [value for found in read_once if found and (value := found.get(attribute))]
-    handles = search(session, template)
-    return [value for handle in handles if (value := read(handle, [attribute]).get(attribute))]
-
-
 def find_keys(session: Any, uri: Uri, login: Login) -> list[FoundKey]:
     """The private EC keys that match a URI's key attributes."""
     template: dict[Attribute, object] = {
@@ -189,7 +124,7 @@ def find_keys(session: Any, uri: Uri, login: Login) -> list[FoundKey]:
         template[Attribute.LABEL] = uri.object
     if uri.id is not None:
         template[Attribute.ID] = uri.id
-    return [_described(handle, login.module.direct) for handle in search(session, template)]
+    return [_described(handle, login.module.direct) for handle in attributes.search(session, template)]
 
 
 def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:
@@ -219,7 +154,7 @@ def find_in(lane: Lane, uri: Uri) -> FoundKey:
 
 
 def _described(handle: Any, direct: Functions | None) -> FoundKey:
-    found = _read_at_once(handle, direct) or read(handle, _ASKED)
+    found = attributes.read(handle, _ASKED, direct)
     curve = _curve(found.get(Attribute.EC_PARAMS))
     point = found.get(Attribute.EC_POINT)
     return FoundKey(
@@ -236,32 +171,6 @@ def _described(handle: Any, direct: Functions | None) -> FoundKey:
     )
 
 
-def _read_at_once(handle: Any, direct: Functions | None) -> dict[Attribute, Any] | None:
-    found = direct and direct.read(handle.session.handle, handle.handle, _ASKED, _ROOM)
-    if not found or not found.keys() >= _OF_ANY_LENGTH:  # of several errors a module names one
-        return None
-    return {each: MAPPER.unpack_attributes(each, found[each]) for each in _ASKED if each in found}
-
-
-def read(handle: Any, attributes: Iterable[Attribute]) -> dict[Attribute, Any]:
-    """Those of the attributes that the object has; one by one where the token cannot do it in one go."""
-    failed: PKCS11Error | None = None
-    try:
-        return dict(handle.get_attributes(list(attributes)))
-    except _NOT_THERE:
-        found = {}
-        for attribute in attributes:
-            try:
-                found[attribute] = handle[attribute]
-            except (AttributeTypeInvalid, AttributeSensitive):
-                continue
-            except _NOT_THERE as exc:
-                failed = exc
-        if failed and not found:
-            raise failed from None
-        return found
-
-
 def _curve(parameters: bytes | None) -> str:
     if not parameters:
         return "unknown"
@@ -273,49 +182,6 @@ def point_of_attribute(value: bytes) -> bytes | None:
         return ecdsa.point_from_ec_point(value)
     except KeyMismatchError:
         return None
-
-
-def public_points(key: FoundKey) -> list[bytes]:
-    """What may be the key's public half: its own attribute, else public objects, else certificates.
-
-    Whoever has no PIN can have written all but the first.
-    """
-    if key.point is not None:
-        return [key.point]
-    template = beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
-    found = values(key, template, Attribute.EC_POINT)
-    points = [point for value in found if (point := point_of_attribute(value))]
-    if not points:
-        points = [point for _, point in certificates_beside(key) if point]
-    return list(dict.fromkeys(points))
-
-
-def certificates_beside(key: FoundKey) -> list[tuple[bytes, bytes | None]]:
-    """DER and point of the certificates with the key's CKA_ID, what ends last first; no point if not of P-256."""
-    found = values(key, beside(key, ObjectClass.CERTIFICATE), Attribute.VALUE)
-    return sorted(((der, point_of_certificate(der)) for der in found), key=_end, reverse=True)
-
-
-def _end(certificate: tuple[bytes, bytes | None]) -> float:
-    from hsm_signer import x509
-
-    der, point = certificate
-    return 0.0 if point is None else x509.read_certificate(der).not_after.timestamp()
-
-
-def point_of_certificate(der: bytes) -> bytes | None:
-    """Uncompressed point, 65 bytes, of a certificate's P-256 key; ``None`` for other keys and nonsense."""
-    from hsm_signer import x509
-
-    try:
-        return ecdsa.point_from_jwk(x509.read_certificate(der).jwk)
-    except (ConfigError, KeyMismatchError):
-        return None
-
-
-def beside(key: FoundKey, object_class: ObjectClass) -> dict[Attribute, object]:
-    name = {Attribute.ID: key.id} if key.id else {Attribute.LABEL: key.label}
-    return {Attribute.CLASS: object_class, **name}
 
 
 def sign_es256(login: Login, key: FoundKey, data: bytes) -> bytes:
@@ -343,84 +209,3 @@ def _sign(login: Login, key: FoundKey, mechanism: Mechanism, data: bytes) -> byt
         return bytes(sign())
     with login.context_login() as pin:
         return bytes(sign(pin=pin.text))
-
-
-def proved_point(lane: Lane, key: FoundKey, points: Iterable[bytes]) -> bytes | None:
-    """The point under which a fresh random challenge, signed by the private key, verifies."""
-    from hsm_signer.verification import PublicKey
-
-    candidates = list(points)
-    if not candidates:
-        return None
-    challenge = _CHALLENGE_PREFIX + secrets.token_bytes(32)
-    try:
-        with _audited(lane, key, candidates, challenge):
-            signature = ecdsa.raw_from_device(sign_es256(lane.login, key, challenge))
-    except SignatureError:
-        return None
-    for point in candidates:
-        try:
-            PublicKey(point).verify(signature, challenge)
-        except (SignatureError, KeyMismatchError):
-            continue
-        return point
-    return None
-
-
-def _audited(
-    lane: Lane, key: FoundKey, candidates: list[bytes], challenge: bytes
-) -> AbstractContextManager[None]:
-    if lane.audit is None:
-        return nullcontext()
-    own = thumbprint(ecdsa.jwk_from_point(candidates[0])) if len(candidates) == 1 else None
-    return lane.audit.signing(challenge, serial=lane.login.info.serial, key=own, object=key.name)
-
-
-def point_if_proved(lane: Lane, key: FoundKey) -> bytes | None:
-    """The key's public half, proved; ``None`` also if the key, or we without its PIN, cannot sign."""
-    try:
-        return proved_point(lane, key, public_points(key))
-    except PinRefusedError:
-        return None
-    except PKCS11Error as exc:
-        if code_of(exc) in _NOT_FOR_SIGNING:
-            return None
-        raise
-
-
-def require_proof(lane: Lane, key: FoundKey) -> bytes:
-    """The key's public half, proved; :class:`KeyMismatchError` if what lies beside it is not its own."""
-    require_p256(key)
-    points = public_points(key)
-    point = proved_point(lane, key, points)
-    if point is None:
-        raise not_its_own(key, len(points))
-    return point
-
-
-def require_p256(key: FoundKey) -> None:
-    if key.curve not in ("P-256", "unknown"):
-        raise SigningKeyError(f"key {key.name} is on {key.curve}; ES256 needs P-256 (RFC 7518 §3.4)")
-
-
-def not_its_own(key: FoundKey, count: int) -> HsmSignerError:
-    if count == 0:
-        return KeyNotFoundError(
-            f"no public key and no certificate of P-256 lies beside private key {key.name}",
-            hint="the public half was deleted, or is on the token under another CKA_ID",
-        )
-    return KeyMismatchError(
-        f"what lies beside private key {key.name} is not its public half: {count} tried, and what the key "
-        "signs verifies under none",
-        hint="anybody without a PIN can put public objects on a token; delete the wrong ones",
-    )
-
-
-def described(lane: Lane, key: FoundKey) -> KeyInfo:
-    """A key for a list: what cannot be proved is left out, not an error."""
-    if key.curve not in ("P-256", "unknown") or key.flags.get("sign") is False:
-        return key.info(None)
-    certificates = certificates_beside(key)
-    point = point_if_proved(lane, key)
-    own = (der for der, its in certificates if its == point and point is not None)
-    return key.info(point, next(own, None))

@@ -12,7 +12,7 @@ from pkcs11.util.x509 import decode_x509_certificate
 
 from hsm_signer import ecdsa
 from hsm_signer.errors import ConfigError, KeyMismatchError
-from hsm_signer.hsm import keys
+from hsm_signer.hsm import attributes, keys, public_half
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey
 from hsm_signer.hsm.login import Login
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 def certificates(lane: Lane, uri: Uri) -> list[bytes]:
     """The certificates, in DER, that hold the key's proved public half."""
     key = keys.find_key(lane.session, uri, lane.login)
-    beside = keys.certificates_beside(key)
+    beside = public_half.certificates_beside(key)
     if not beside:
         return []
-    point = keys.require_proof(lane, key)
+    point = public_half.require_proof(lane, key)
     return [der for der, its in beside if its == point]
 
 
@@ -46,8 +46,8 @@ def store_certificate(lane: Lane, uri: Uri, der: bytes, label: str | None, *, re
         checked_label(label, "certificate")
     with lane.login.writable() as session:
         key = keys.find_key(session, uri, lane.login)
-        point = keys.require_proof(lane, key)
-        if keys.point_of_certificate(der) != point:
+        point = public_half.require_proof(lane, key)
+        if public_half.point_of_certificate(der) != point:
             raise KeyMismatchError(f"the certificate does not hold the public half of key {key.name}")
         there = _certificates(key, point)
         if der not in there.values():
@@ -89,7 +89,7 @@ def delete(lane: Lane, uri: Uri, thumbprint: str | None) -> None:
     """Destroy a private key by handle, and then what is certainly its own."""
     with lane.login.writable() as session:
         key = keys.find_key(session, uri, lane.login)
-        point = keys.point_if_proved(lane, key)
+        point = public_half.point_if_proved(lane, key)
         found = None if point is None else thumbprint_of(ecdsa.jwk_from_point(point))
         if thumbprint is not None and found != thumbprint:
             raise KeyMismatchError(
@@ -112,13 +112,17 @@ def _own(key: FoundKey, point: bytes) -> list[Any]:
 
 
 def _certificates(key: FoundKey, point: bytes) -> dict[Any, bytes]:
-    found = keys.search(key.handle.session, keys.beside(key, ObjectClass.CERTIFICATE))
-    read = {handle: keys.read(handle, [Attribute.VALUE]).get(Attribute.VALUE) for handle in found}
-    return {handle: der for handle, der in read.items() if der and keys.point_of_certificate(der) == point}
+    found = attributes.search(key.session, public_half.beside(key, ObjectClass.CERTIFICATE))
+    read = {handle: attributes.read(handle, [Attribute.VALUE]).get(Attribute.VALUE) for handle in found}
+    return {
+        handle: der for handle, der in read.items() if der and public_half.point_of_certificate(der) == point
+    }
 
 
 def _public_halves(key: FoundKey, point: bytes) -> list[Any]:
-    template = keys.beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
-    found = keys.search(key.handle.session, template)
-    values = [(handle, keys.read(handle, [Attribute.EC_POINT]).get(Attribute.EC_POINT)) for handle in found]
+    template = public_half.beside(key, ObjectClass.PUBLIC_KEY) | {Attribute.KEY_TYPE: KeyType.EC}
+    found = attributes.search(key.session, template)
+    values = [
+        (handle, attributes.read(handle, [Attribute.EC_POINT]).get(Attribute.EC_POINT)) for handle in found
+    ]
     return [handle for handle, value in values if value and keys.point_of_attribute(value) == point]

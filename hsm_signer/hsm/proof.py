@@ -10,7 +10,7 @@ from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 
-from hsm_signer.hsm import keys
+from hsm_signer.hsm import attributes, keys, public_half
 from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
 from hsm_signer.hsm.module import TokenInfo
@@ -134,7 +134,7 @@ def prove(lane: Lane, key: FoundKey, generated_now: set[bytes]) -> Proof:
     Attributes are tried to be changed only if the key was generated in this run: whoever is stopped in between
     would leave a weaker key behind. Whatever does come out is dropped unseen.
     """
-    info = key.info(keys.require_proof(lane, key))
+    info = key.info(public_half.require_proof(lane, key))
     with lane.use("proof", info.thumbprint, key.name):
         probes = [
             Probe("read CKA_VALUE", *_read_value(key)),
@@ -170,7 +170,7 @@ def _weakened(key: FoundKey, attribute: Attribute, *, value: bool) -> tuple[bool
 
 def _changed(key: FoundKey, attribute: Attribute, *, value: bool) -> bool:
     key.handle[attribute] = value
-    return keys.read(key.handle, [attribute]).get(attribute) is value
+    return attributes.read(key.handle, [attribute]).get(attribute) is value
 
 
 def _tried(attempt: Callable[[], object]) -> tuple[bool, str]:
@@ -191,7 +191,7 @@ def _read_value(key: FoundKey) -> tuple[bool, str]:
 def _wrappings(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
     """Wrap the key with an AES key of this session (``C_WrapKey``)."""
     try:
-        with _wrapping_key(key.handle.session) as wrapping_key:
+        with _wrapping_key(key.session) as wrapping_key:
             for mechanism, parameter in _WRAPPINGS:
                 wrap = partial(
                     wrapping_key.wrap_key, key.handle, mechanism=mechanism, mechanism_param=parameter
@@ -234,6 +234,6 @@ def _copied(key: FoundKey, name: str, *, value: bool) -> bool:
     attribute = keys.FLAGS[name]
     copy = key.handle.copy({Attribute.TOKEN: False, attribute: value})
     try:
-        return keys.read(copy, [attribute]).get(attribute) is not (not value)
+        return attributes.read(copy, [attribute]).get(attribute) is not (not value)
     finally:
         copy.destroy()

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from hsm_signer import ecdsa
 from hsm_signer.errors import KeyMismatchError, SignatureInvalidError
-from hsm_signer.hsm import keys, objects
+from hsm_signer.hsm import keys, objects, public_half
 from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.sessions import Lane, Sessions
 from hsm_signer.jose import thumbprint
@@ -103,7 +103,7 @@ class HsmSigner:
 
         ``proved=False`` spares the challenge, for who looks at their dates and hands out nothing of them.
         """
-        found = self._sessions.run(lambda lane: keys.certificates_beside(self._key(lane)), self._what)
+        found = self._sessions.run(lambda lane: public_half.certificates_beside(self._key(lane)), self._what)
         own = [der for der, point in found if point == self._point]
         if own and proved:
             self._own_point()
@@ -127,7 +127,7 @@ class HsmSigner:
         """The public half leaves us only after the private key has signed a challenge under it."""
         if not self._proved:
             point = self._sessions.run(
-                lambda lane: keys.proved_point(lane, self._key(lane), [self._point]), self._what
+                lambda lane: public_half.proved_point(lane, self._key(lane), [self._point]), self._what
             )
             if point is None:
                 raise KeyMismatchError(f"the public half beside private key {self._name} is not its own")

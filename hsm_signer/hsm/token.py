@@ -15,21 +15,12 @@ from hsm_signer.errors import (
     TokenError,
 )
 from hsm_signer.hsm import generation, module, objects, proof
-from hsm_signer.hsm.keys import (
-    FoundKey,
-    KeyInfo,
-    described,
-    find_in,
-    find_keys,
-    not_its_own,
-    proved_point,
-    public_points,
-    require_p256,
-)
+from hsm_signer.hsm.keys import FoundKey, KeyInfo, find_in, find_keys
 from hsm_signer.hsm.login import Login
 from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.pins import Pin, Source, sealed
 from hsm_signer.hsm.proof import Proof
+from hsm_signer.hsm.public_half import described, not_its_own, proved_point, public_points, require_p256
 from hsm_signer.hsm.search import find_token
 from hsm_signer.hsm.sessions import Lane, Sessions
 from hsm_signer.hsm.signer import HsmSigner
