@@ -61,7 +61,14 @@ def verify(
             }
         )
     else:
-        terminal.result(str(verdict.head))
+        _tell(verdict)
+    if verdict.findings:
+        raise VerificationError(f"audit log {log.path}: {'; '.join(verdict.findings)}")
+
+
+def _tell(verdict: Verdict) -> None:
+    """The head, and what is no finding but good to know."""
+    terminal.result(str(verdict.head))
     if verdict.torn:
         terminal.note(f"lines torn by crashes: {verdict.torn}")
     if verdict.open:
@@ -71,8 +78,6 @@ def verify(
         terminal.note(
             "the end is not anchored: lines cut off there, or another history, show by --expect alone"
         )
-    if verdict.findings:
-        raise VerificationError(f"audit log {log.path}: {'; '.join(verdict.findings)}")
 
 
 def _verdict(log: AuditLog, noted: Head | None) -> Verdict:
