@@ -236,8 +236,10 @@ class Settings:
                 )
 
     def _profile_hint(self) -> str:
-        if self.profile or not self.config:
+        if self.profile:
             return ""
+        if not self.config:
+            return "; hsm-token config init writes one"
         return f"; {self.config} has profiles: choose one with --profile"
 
     def audience_for(self, endpoint: str) -> str:

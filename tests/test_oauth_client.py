@@ -622,9 +622,9 @@ def test_a_refusal_comes_through_though_the_card_is_pulled_meanwhile(
 @pytest.mark.parametrize(
     ("error", "first"),
     [
-        ("invalid_scope", f"1. scope '{SCOPE}' was asked for"),
-        ("unauthorized_client", f"1. may client id '{CLIENT_ID}' use the grant"),
-        ("unsupported_grant_type", "1. does https://"),
+        ("invalid_scope", f"scope '{SCOPE}' was asked for"),
+        ("unauthorized_client", f"may client id '{CLIENT_ID}' use the grant"),
+        ("unsupported_grant_type", "does https://"),
     ],
 )
 def test_an_error_that_says_its_cause_gets_that_one(
@@ -632,8 +632,26 @@ def test_an_error_that_says_its_cause_gets_that_one(
 ) -> None:
     endpoint.answer = Reply(400, {"error": error})
     hint = hint_of(client())
-    assert first in hint
+    assert hint.startswith(first)
     assert "thumbprint" not in hint
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        ("Invalid claim: 'aud'", "1. the server expects another aud"),
+        ("The client does not exist on this server.", "1. client id"),
+        ("JWT has expired: exp", "1. the clocks differ"),
+        ("Client authentication failed", "1. the certificate"),
+        ("Invalid signature.", "1. the certificate"),
+    ],
+)
+def test_a_server_that_tells_what_it_minds_is_believed(
+    said: str, first: str, endpoint: Endpoint, client: Callable[..., TokenClient]
+) -> None:
+    body = {"error": "invalid_client", "error_description": said}
+    endpoint.answer = Reply(401, body, {"Date": "", "Content-Type": "application/json"})
+    assert hint_of(client()).startswith(first)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         for row in clean:
             print("\t".join(row))
         return
+    if not clean:
+        note("there is nothing to list")
+        return
     from rich.console import Console
 
     console = Console()
@@ -91,7 +94,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
     """Widths of the columns: what is too much is taken from the widest, but no word is ever cut."""
-    cells = [[*column.split(), *(row[number] for row in rows)] for number, column in enumerate(columns)]
+    cells = [[column, *(row[number] for row in rows)] for number, column in enumerate(columns)]
     widths = [max(map(len, column), default=0) for column in cells]
     least = [max((len(word) for cell in column for word in cell.split()), default=0) for column in cells]
     while sum(widths) > room:
@@ -146,6 +149,7 @@ def choose(question: str, choices: Sequence[str], *, or_other: bool = False) -> 
             return choices[int(answer) - 1]
         if or_other and not answer.isdecimal():
             return answer
+        note(f"{answer!r} is none of the numbers 1 to {len(choices)}")
 
 
 def ask_secret(question: str) -> str:

@@ -140,7 +140,9 @@ def find_key(session: Any, uri: Uri, login: Login) -> FoundKey:
             hint="add id= to the key's URI",
         )
     others = [key.name for key in find_keys(session, Uri(), login)]
-    hint = "hsm-token key list shows what is there" if login.authenticated else None
+    hint = None
+    if login.authenticated:
+        hint = "hsm-token key list shows what is there" if others else "hsm-token enroll generates a key"
     if not login.authenticated and "LOGIN_REQUIRED" in login.info.flags:
         hint = "private keys are invisible before login, and no PIN was given"
     raise KeyNotFoundError(f"no private EC key matches {uri} {where}", candidates=others, hint=hint)

@@ -101,6 +101,7 @@ class Grant:
         thumbprint, kid = self._names(signer)
         return refusal_hint(
             refusal.error,
+            description=refusal.description,
             status=refusal.status,
             endpoint=self.endpoint.text,
             assertion=self.assertion,

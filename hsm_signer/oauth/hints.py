@@ -4,17 +4,27 @@ Servers say little: oidc-provider has one text for every reason, WIPO's family m
 the likely causes come in order, a line each with our own value beside it, and never with an assertion.
 """
 
+import re
 from collections.abc import Iterator
 
 from hsm_signer.assertion import MAX_CLOCK_OFFSET, ClientAssertion
 
 _NOT_THERE = (404, 405)  # an authorization server has other words for what it refuses
+_SAID = {  # words of servers that tell what they mind: that cause comes first
+    "key": r"signature|certificate|\bjwks?\b",
+    "kid": r"\bkid\b",
+    "aud": r"\baud(ience)?\b",
+    "clock": r"\b(exp|iat|nbf|expired|expiration)\b",
+    "client": r"client (does not|is not|was not|not found)|unknown client|client_?id",
+    "scope": r"\bscope",
+}
 _NOTABLE = 10  # seconds between two clocks that some servers mind
 
 
 def refusal_hint(
     error: str | None,
     *,
+    description: str | None,
     status: int | None,
     endpoint: str,
     assertion: ClientAssertion,
@@ -39,26 +49,33 @@ def refusal_hint(
         case "unsupported_grant_type":
             causes = [f"does {endpoint} offer the grant client_credentials? Is it the token endpoint?"]
         case _:
-            causes = [*_credentials(assertion, thumbprint, kid)]
+            known = dict(_credentials(assertion, thumbprint, kid))
             if clock_lead is not None and abs(clock_lead) <= _NOTABLE:
                 ruled_out = [f"ruled out: the clock, {abs(clock_lead):.0f} s apart from the server's"]
             else:
-                is_cause = clock_lead is not None and abs(clock_lead) > assertion.lifetime
-                causes.insert(0 if is_cause else len(causes), _clock(assertion, clock_lead))
-            causes += [f"{client}: is it spelt as registered?", f"{asked} was asked for"]
+                known["clock"] = _clock(assertion, clock_lead)
+            known |= {"client": f"{client}: is it spelt as registered?", "scope": f"{asked} was asked for"}
+            likely = {name for name in known if re.search(_SAID[name], description or "", re.IGNORECASE)}
+            if clock_lead is not None and abs(clock_lead) > assertion.lifetime:
+                likely.add("clock")
+            causes = [known[name] for name in sorted(known, key=lambda name: name not in likely)]
     if status in _NOT_THERE:
         causes.insert(
             0, f"{endpoint} is not the token endpoint: hsm-token doctor compares it, if issuer is set"
         )
-    return "\n".join([*(f"{number}. {cause}" for number, cause in enumerate(causes, 1)), *ruled_out])
+    numbered = [f"{number}. {cause}" for number, cause in enumerate(causes, 1)]
+    return "\n".join([*(numbered if len(causes) > 1 else causes), *ruled_out])
 
 
-def _credentials(assertion: ClientAssertion, thumbprint: str | None, kid: str | None) -> Iterator[str]:
+def _credentials(
+    assertion: ClientAssertion, thumbprint: str | None, kid: str | None
+) -> Iterator[tuple[str, str]]:
     key = f" of the key with thumbprint {thumbprint}" if thumbprint else ""
-    yield f"the certificate{key} is not registered for this client, or another one took its place"
+    yield "key", f"the certificate{key} is not registered for this client, or another one took its place"
     if kid is not None:
-        yield f"the server does not know kid {kid!r}"
-    yield f"the server expects another aud than {assertion.audience!r}, which must be the same to the letter"
+        yield "kid", f"the server does not know kid {kid!r}"
+    expected = f"another aud than {assertion.audience!r}"
+    yield "aud", f"the server expects {expected}, which must be the same to the letter"
 
 
 def _clock(assertion: ClientAssertion, lead: float | None) -> str:
