@@ -16,7 +16,7 @@ app = typer.Typer()
 @app.command()
 @options.configured(*options.KEY, *options.ASSERTION)
 def assertion(settings: Settings, retry_pin: options.RetryPin = False) -> None:
-    """Print a client assertion, signed now; it is as good as a password until it expires.
+    """Print a client assertion, signed now. It is as good as a password until it expires.
 
     Example: hsm-token assertion --profile das --lifetime 300 | ssh gateway hsm-token exchange --profile das
     """
@@ -30,7 +30,7 @@ def assertion(settings: Settings, retry_pin: options.RetryPin = False) -> None:
 @app.command()
 @options.configured(*options.OAUTH)
 def exchange(settings: Settings, output: OutputFormat = Format.token) -> None:
-    """Turn a client assertion, read from stdin, into an access token; needs no HSM.
+    """Turn a client assertion from stdin into an access token. No HSM is needed.
 
     Example: hsm-token exchange --profile das < assertion.txt
     """

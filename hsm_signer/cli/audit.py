@@ -19,7 +19,7 @@ app.add_typer(audit)
 @audit.command()
 @options.configured("audit_log")
 def head(settings: Settings, as_json: options.Json = False) -> None:
-    """Print COUNT:HEAD, the number of the last line and its hash; note it elsewhere.
+    """Print COUNT:HEAD, the number of the last line and its hash. Note it elsewhere.
 
     Example: hsm-token audit head --profile das
     """

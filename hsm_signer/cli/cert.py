@@ -95,7 +95,7 @@ def import_(
     ] = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Store a certificate on the token, under the key that it holds.
+    """Store a certificate on the token, under its key.
 
     With --replace the others of the key go, also where this one is there already: those that have ended, when
     the server knows the new one.
@@ -129,7 +129,7 @@ def check(
     as_json: options.Json = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Exit with status 8 if a certificate ends soon; for monitoring.
+    """Exit with status 8 if a certificate ends soon. For monitoring.
 
     Looked at are the files given, else those that the profile names, else the certificates of the key on the
     token; only for the last a PIN is needed. One on the token that has ended does not matter, and is warned of,

@@ -84,7 +84,7 @@ def presets(as_json: options.Json = False) -> None:
     "preset", *options.KEY, "client_id", "token_endpoint", "issuer", "scope", how=given_values
 )
 def init(settings: Mapping[str, str | None]) -> None:
-    """Write a commented configuration file of mode 0600; ask for what is not given, on a terminal.
+    """Write a commented configuration file. On a terminal it asks for what is not given.
 
     Example: hsm-token config init --preset wipo-das --client-id das-api-auth
     """

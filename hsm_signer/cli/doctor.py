@@ -34,9 +34,9 @@ def doctor(
     as_json: options.Json = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Check an installation from the module to the granted scope; each check with evidence and remedy.
+    """Check an installation, from module to granted scope.
 
-    The exit status is that of the first check that failed.
+    Each check has its evidence and a remedy. The exit status is that of the first check that failed.
 
     Example: hsm-token doctor --profile das --login
     """

@@ -44,7 +44,7 @@ def enroll(
     as_json: options.Json = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Make or take the key, prove it, and write the folder that registers it.
+    """Make or take a key, and write the folder to register it. The key is proved first.
 
     On a terminal it asks for what is missing. It prints the path of the one file to send. A profile that is
     enrolled already is changed only with --replace, or after a yes on a terminal.

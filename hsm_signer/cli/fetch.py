@@ -52,7 +52,9 @@ def fetch(
     ] = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Print an access token: the cached one, or one for an assertion that the key signs now.
+    """Print an access token, from the cache or from the server.
+
+    A new one is bought with an assertion that the key signs now.
 
     Example: hsm-token fetch --profile das --format curl | curl -K - https://das.example/
     """

@@ -89,7 +89,7 @@ def _row(info: "KeyInfo") -> tuple[str, ...]:
 @key.command()
 @options.configured(*options.KEY)
 def prove(settings: Settings, as_json: options.Json = False, retry_pin: options.RetryPin = False) -> None:
-    """Try to get the private key out of the token, in every way there is; all must fail.
+    """Try to get the private key out of the token. Every way must fail.
 
     Example: hsm-token key prove --profile das
     """
@@ -121,7 +121,7 @@ def export(
     ] = PublicFormat.pem,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Print the public half of the key, after the private half has signed a challenge.
+    """Print the public half of the key. The private half signs a challenge first.
 
     Example: hsm-token key export --profile das --format jwks
     """
@@ -149,7 +149,7 @@ def delete(
     thumbprint: options.Thumbprint = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Destroy a key in the token, its public half and its certificates. There is no way back.
+    """Destroy a key, its public half and its certificates. There is no way back.
 
     A key that a profile of the configuration file pins or names, as its own or as the next, is not deleted.
 

@@ -21,7 +21,9 @@ def rehearse(
     ],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 0,
 ) -> None:
-    """Run an authorization server with WIPO's rules on loopback until Ctrl-C; print its token endpoint.
+    """Run an authorization server with WIPO's rules, on loopback.
+
+    It prints its token endpoint and runs until Ctrl-C.
 
     Example: hsm-token rehearse --client-id das-api-auth --certificate es256_cert.pem
     """

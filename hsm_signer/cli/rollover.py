@@ -187,7 +187,7 @@ def switch(
 @group.command()
 @options.configured()
 def abandon(settings: Settings) -> None:
-    """Drop the next key from the profile, as when it was lost; no key is deleted, no token needed.
+    """Drop the next key from the profile, as when it was lost. No key is deleted, no token needed.
 
     What the profile said of it is shown, for it to be put back.
 
@@ -212,7 +212,7 @@ def retire(
     thumbprint: options.Thumbprint = None,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Destroy the old key and its certificates on the token; no profile may use it any more.
+    """Destroy the old key and its certificates on the token. No profile may use it any more.
 
     There is no way back.
 

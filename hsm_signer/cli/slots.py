@@ -18,7 +18,7 @@ app = typer.Typer()
 @app.command()
 @options.configured("module")
 def slots(settings: Settings, as_json: options.Json = False) -> None:
-    """List the slots, tokens, flags and mechanisms of a module; no PIN is asked for.
+    """List slots, tokens, flags and mechanisms of a module. No PIN is asked for.
 
     Example: hsm-token slots --module /usr/lib/softhsm/libsofthsm2.so
     """

@@ -35,7 +35,9 @@ def verify(
     leeway: Annotated[int, typer.Option(help="Seconds that the clocks may differ.", min=0, max=60)] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Check an access token: signature, issuer, audience, times, scopes; print its claims. Exit 8: refused.
+    """Check an access token, and print its claims. Exit 8: refused.
+
+    Checked are signature, issuer, audience, times and scopes.
 
     Example: hsm-token verify --profile das --audience das-api-auth access_token.txt
     """
