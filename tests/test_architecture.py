@@ -184,6 +184,15 @@ def test_no_private_key_is_handled_outside_the_token(name: str) -> None:
         assert word not in text
 
 
+def test_private_keys_sign_in_two_places_that_write_the_audit_log() -> None:
+    """Whoever signs in a third one has to write its lines too (tests/test_audit.py counts them)."""
+    assert {name for name in FILES if "keys.sign_es256" in attributes(name)} == {
+        "hsm/signer.py",
+        "hsm/public_half.py",
+    }
+    assert [name for name in FILES if "sign_es256" in calls(name)] == []
+
+
 def modules_after(program: str) -> set[str]:
     program += "\nimport sys; print(*sys.modules)"
     command = [sys.executable, "-c", program]
