@@ -140,7 +140,7 @@ def guarded(path: Path) -> Path:
     while rest:
         part = rest.pop()
         if part == "..":
-            here = os.path.dirname(here)  # noqa: PTH120  (text: a Path takes ten times as long)
+            here = os.path.dirname(here)  # noqa: PTH120  # a Path takes ten times as long
             continue
         there = f"{here.rstrip('/')}/{part}"
         found = os.lstat(there)
@@ -149,7 +149,7 @@ def guarded(path: Path) -> Path:
             if links > MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), there)
             _check_owner(there, found, uid)
-            target = Path(os.readlink(there))  # noqa: PTH115
+            target = Path(os.readlink(there))  # noqa: PTH115  # as above
             here = "/" if target.is_absolute() else here
             rest += [step for step in target.parts[::-1] if step != "/"]
             continue
