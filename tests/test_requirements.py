@@ -1,5 +1,6 @@
 """The lock files say what ``pyproject.toml`` asks for, by hash and without naming where it comes from."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -75,3 +76,24 @@ def test_tools_bring_packages_of_their_own_but_no_other_versions(name: str) -> N
     tests, tool = locked("tests.txt"), locked(name)
     assert tests.keys() & tool.keys()
     assert all(tool[shared] == tests[shared] for shared in tests.keys() & tool.keys())
+
+
+def test_npm_installs_by_hash_too_and_runs_no_script_of_a_package() -> None:
+    packages = json.loads((CHECKOUT / "tests/interop/package-lock.json").read_text())["packages"]
+    installed = {name: package for name, package in packages.items() if name}
+    assert installed
+    assert [
+        name for name, package in installed.items() if not package["integrity"].startswith("sha512-")
+    ] == []
+    lines = (CHECKOUT / "tests/run").read_text().splitlines()
+    assert [" ci --ignore-scripts " in line for line in lines if "npm env" in line] == [True]
+
+
+def test_the_scripts_install_from_packages_by_hash_only() -> None:
+    lines = (CHECKOUT / "scripts/install.sh").read_text().splitlines()
+    installing = [line.strip() for line in lines if re.search(r"\bpip .* install ", line)]
+    wheel = [line for line in installing if line.endswith(".cache/dist/*.whl")]
+    assert len(wheel) == 1
+    assert "--no-index" in wheel[0]
+    assert all("--require-hashes --only-binary :all: -r" in line for line in installing if line not in wheel)
+    assert len(installing) == 3
