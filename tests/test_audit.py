@@ -736,7 +736,7 @@ def test_a_full_disk_stops_the_signature_and_then_what_it_was_for(
     faulty.forget()
     done = run_with_room(office, log.path.stat().st_size + 40, "fetch", "--no-cache")
     assert (done.returncode, done.stdout, faulty.calls("C_Sign")) == (2, "", 0)
-    assert done.stderr.count("error:") == 1
+    assert done.stderr.count("hsm-token: error:") == 1
     assert "error: the key is not used, since the audit log" in done.stderr
     verdict = log.verify()
     assert (verdict.findings, verdict.torn, verdict.head.count) == ((), 1, 1002)
@@ -744,7 +744,7 @@ def test_a_full_disk_stops_the_signature_and_then_what_it_was_for(
     torn = len('"torn":"",') + 64
     done = run_with_room(office, log.path.stat().st_size + intent + torn + 40, "fetch", "--no-cache")
     assert (done.returncode, done.stdout, faulty.calls("C_Sign")) == (2, "", 1)
-    assert done.stderr.count("error:") == 1
+    assert done.stderr.count("hsm-token: error:") == 1
     assert "has the intent, and the outcome cannot be written" in done.stderr
     assert os.strerror(errno.ENOSPC) in done.stderr
     assert log.verify().open == (1003,)

@@ -18,6 +18,7 @@ from office import CLIENT_ID, SCOPE
 from screen import at_a_terminal
 
 import hsm_signer
+from hsm_signer.cli import exits
 
 
 def unpack(part: str):
@@ -226,6 +227,18 @@ def test_what_cannot_be_named_or_written_is_said_with_status_2(office, command, 
     done = office.run(*command.format(home=office.home).split())
     assert (done.status, done.stdout) == (2, "")
     assert done.lines[0].startswith("error: " + said.format(home=office.home))
+
+
+@pytest.mark.parametrize("command", ["slots", "doctor --offline"])
+def test_an_error_that_nobody_foresaw_is_told_without_its_text(office, tmp_path, command):
+    broken = "import os\nraise RuntimeError(os.environ['TOLD'])\n"
+    (tmp_path / "pkcs11.py").write_text(broken)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = office.run(*command.split(), environment={"PYTHONPATH": path, "TOLD": "19283746"})
+    assert done.status == exits.UNEXPECTED
+    assert "unexpected RuntimeError" in done.stdout + done.stderr
+    assert "this is a bug: please report" in done.stdout + done.stderr
+    assert "19283746" not in done.stdout + done.stderr
 
 
 def test_the_version_is_that_of_the_package(office):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hsm_signer import config
+from hsm_signer import config, paths
 from hsm_signer.errors import ConfigError, ModuleError
 
 ENDPOINT = "https://login.example/token"
@@ -104,6 +104,27 @@ def test_a_user_without_a_home_is_told_so(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
     with pytest.raises(ConfigError, match="no home directory"):
         load({})
+
+
+def test_the_runtime_directory_has_the_cache_only_where_it_is_absolute_ours_and_private(
+    monkeypatch, tmp_path
+):
+    def cache_with(runtime):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        return paths.cache_directory()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    usual = tmp_path / "cache" / "hsm-token"
+    runtime, file, link = (tmp_path / name for name in ("runtime", "file", "link"))
+    runtime.mkdir(mode=0o700)
+    file.touch(mode=0o600)
+    link.symlink_to(runtime)
+    monkeypatch.chdir(tmp_path)
+    assert cache_with(runtime) == runtime / "hsm-token"
+    for other in (link, file, tmp_path / "none", "runtime", ""):
+        assert cache_with(other) == usual
+    runtime.chmod(0o710)
+    assert cache_with(runtime) == usual
 
 
 @pytest.mark.parametrize(
