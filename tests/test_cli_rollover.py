@@ -233,6 +233,26 @@ def test_at_a_terminal_the_thumbprint_of_the_old_key_is_typed(rollover: Rollover
     assert rollover.labels() == {"next"}
 
 
+def test_at_a_terminal_the_keys_are_shown_where_the_profile_names_no_previous_one(rollover: Rollover) -> None:
+    spare = rollover.run("key", "generate", "spare").stdout.strip()
+    screen = at_a_terminal(rollover.office, ["rollover", "retire"], {"type the thumbprint": spare})
+    assert f"  spare: {spare}" in screen
+    assert f"  first: {rollover.profile['key-thumbprint']}" in screen
+    assert rollover.labels() == {"first"}
+
+
+def test_a_key_goes_where_the_profile_cannot_be_written_and_the_lines_to_change_are_printed(
+    rollover: Rollover,
+) -> None:
+    first = rollover.profile["key-thumbprint"]
+    rollover.prepared()
+    assert rollover.run("rollover", "switch", "--force").status == 0
+    rollover.office.config.chmod(0o444)
+    done = rollover.run("rollover", "retire", "--thumbprint", first)
+    assert (done.status, rollover.labels()) == (0, {"next"})
+    assert "previous-key-thumbprint: remove this setting" in done.stdout + done.stderr
+
+
 def test_no_run_fails_when_the_operator_replaces_the_certificate_in_the_middle(rollover: Rollover) -> None:
     rollover.prepared()
     done: list[Done] = []
