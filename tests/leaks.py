@@ -19,7 +19,7 @@ import pytest
 
 SHAPES = {
     "a JWS": re.compile(r"eyJ[\w-]{8}"),
-    "a signature": re.compile(r"(?<![\w-])[\w-]{86}(?![\w-])"),
+    "a signature": re.compile(r"(?<![\w+/-])[\w-]{86}(?![\w+/=-])"),
     "an access token": re.compile(r"access-token-\w"),
 }
 

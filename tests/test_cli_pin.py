@@ -38,7 +38,7 @@ def test_fifty_processes_of_mixed_commands_spend_one_try(
             office.command(*COMMANDS[number % len(COMMANDS)]),
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -57,7 +57,7 @@ LEAKS = {
 HARMLESS = {
     "what is the result": "subprocess.run(['sh', '-c', f'echo {JWS} # hsm-token fetch'], stdout=-1)",
     "what is asked, not shown": "subprocess.run(['cat', '/dev/null'], stdout=-1, env={'PIN': PIN})",
-    "what looks alike": "print('access token eyJ', 's' * 85, PIN[:8])",
+    "what looks alike": "print('access token eyJ', 's' * 85, PIN[:8], 'base64+' + 's' * 86 + '/')",
 }
 
 
@@ -66,7 +66,8 @@ def test_a_test_that_shows_a_secret_fails(tmp_path: Path) -> None:
     tests = [f"def test_{number}():\n    {body}\n" for number, body in enumerate(cases)]
     (tmp_path / "test_leaks.py").write_text(HEAD + "\n".join(tests))
     (tmp_path / "pytest.ini").write_text("[pytest]\nlog_level = DEBUG\n")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}:{here.parent}"}
     quiet = ["-p", "no:cacheprovider", "--show-capture=no"]
     command = [sys.executable, "-m", "pytest", "-p", "conftest", *quiet, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
