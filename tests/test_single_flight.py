@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,20 +58,65 @@ def test_fifty_processes_against_an_empty_cache_post_once_and_print_the_same(
     assert len(counting.seen) == 1
 
 
+def showing_imports(office: Office) -> subprocess.Popen[str]:
+    command = office.command("fetch", "--config", str(office.config))
+    return subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command[1:]],
+        env=office.environment | {"XDG_RUNTIME_DIR": str(office.home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def imports(stderr: str) -> set[str]:
+    return set(re.findall(r"\| +([\w.]+)\n", stderr))
+
+
 def test_a_hit_imports_nothing_that_it_does_not_need(scratch: Office) -> None:
     assert scratch.run("fetch").status == 0
-    program = [
-        sys.executable,
-        "-X",
-        "importtime",
-        *scratch.command("fetch", "--config", str(scratch.config))[1:],
-    ]
-    variables = scratch.environment | {"XDG_RUNTIME_DIR": str(scratch.home)}
-    done = subprocess.run(program, env=variables, capture_output=True, text=True)
-    assert done.stdout == "access-token-1\n"
-    imported = {name.partition(".")[0] for name in re.findall(r"\| +([\w.]+)\n", done.stderr)}
+    stdout, stderr = showing_imports(scratch).communicate(timeout=60)
+    assert stdout == "access-token-1\n"
+    imported = {name.partition(".")[0] for name in imports(stderr)}
     assert {"typer", "hsm_signer"} <= imported
     assert imported & HEAVY == set()
+
+
+def test_who_waits_for_another_fetch_imports_no_client(scratch: Office, counting: Endpoint) -> None:
+    grant = counting.answer
+    waiting: list[subprocess.Popen[str]] = []
+
+    def answer_once_somebody_waits(seen: Seen) -> Reply:
+        waiting.append(showing_imports(scratch))
+        assert waiting[0].stderr
+        while "hsm_signer.oauth.cache" not in (line := waiting[0].stderr.readline()):
+            assert line
+        time.sleep(0.5)  # it is about to look for the lock
+        return grant(seen)
+
+    counting.answer = answer_once_somebody_waits
+    assert scratch.run("fetch").stdout == "access-token-1\n"
+    stdout, stderr = waiting[0].communicate(timeout=60)
+    assert stdout == "access-token-1\n"
+    assert "hsm_signer.oauth.client" not in imports(stderr)
+    assert len(counting.seen) == 1
+
+
+def test_who_waited_in_vain_has_the_rest_of_its_time_to_ask(scratch: Office, counting: Endpoint) -> None:
+    first = scratch.configure(token_endpoint=counting.url, deadline=4, cache=str(scratch.home / "cache"))
+    began: list[float] = []
+
+    def hang(_: Seen) -> Reply:
+        began.append(time.monotonic())
+        time.sleep(60)
+        return Reply()
+
+    counting.answer = hang
+    processes = [start(first) for _ in range(2)]
+    for process in processes:
+        process.communicate(timeout=60)
+    assert {process.returncode for process in processes} == {7}
+    assert time.monotonic() - began[0] < 7  # not 4 and then 4 again
 
 
 def test_another_scope_is_another_access_token(scratch: Office) -> None:

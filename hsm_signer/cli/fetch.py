@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ from hsm_signer.config import Settings
 
 if TYPE_CHECKING:
     from hsm_signer.oauth.response import TokenResponse
+
+_LEAST_DEADLINE = 0.1  # seconds, where waiting for another process took the rest
 
 app = typer.Typer()
 _log = logging.getLogger(__name__)
@@ -71,9 +74,11 @@ def fetch(
             from hsm_signer import rollover
 
             keys.append(rollover.following(settings))
-        response = None if force or no_cache else _kept(keys, min_validity)
+        response, deadline = None, settings.deadline
+        if not (force or no_cache):
+            response, deadline = _kept(keys, min_validity)
         if response is None:
-            asks = [partial(ask, each) for each in keys]
+            asks = [partial(ask, replace(each, deadline=deadline)) for each in keys]
             response = rollover.fetch_or_next(*asks) if len(asks) > 1 else asks[0]()
             _tell_of_a_short_life(response, min_validity)
     show(response, output)
@@ -90,16 +95,18 @@ def _tell_of_a_short_life(response: "TokenResponse", wanted: int) -> None:
         )
 
 
-def _kept(keys: Iterable[Settings], min_validity: int) -> "TokenResponse | None":
-    """What is cached of one of the keys; so most runs need no client, and after a cut-over no refusal.
+def _kept(keys: Sequence[Settings], min_validity: int) -> "tuple[TokenResponse | None, float]":
+    """What is cached of one of the keys, or what another process fetches now; and the seconds that are left.
 
-    Settings are judged where there is none: what is kept came by the very same ones.
+    So most runs need no client, nor do many that come at once, and after a cut-over there is no refusal.
+    Settings are judged where there is nothing: what is kept came by the very same ones.
     """
-    for settings in keys:
-        cache = assembly.access_token_cache(settings, assembly.token_endpoint(settings))
+    caches = [assembly.access_token_cache(each, assembly.token_endpoint(each)) for each in keys]
+    for cache in caches:
         if found := cache.load(int(time.time()), min_validity):
-            return found
-    return None
+            return found, 0
+    deadline = time.monotonic() + keys[0].deadline
+    return caches[0].awaited(deadline), max(deadline - time.monotonic(), _LEAST_DEADLINE)
 
 
 def show(response: "TokenResponse", output: Format) -> None:

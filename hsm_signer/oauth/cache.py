@@ -68,6 +68,14 @@ class TokenCache:
         members = {name: getattr(response, name) for name in _FIELDS}
         self._file.store(members, min(lifetime, MAX_LIFETIME), now)
 
+    def awaited(self, deadline: float) -> TokenResponse | None:
+        """The access token that another process is fetching; ``None``, at once, where none does.
+
+        ``None`` also where the other one got none. ``deadline`` and errors as for :meth:`lock`.
+        """
+        with self.lock(deadline) as theirs:
+            return theirs
+
     @contextmanager
     def lock(self, deadline: float) -> Iterator[TokenResponse | None]:
         """Wait for our turn to fetch, at most until ``deadline`` (of ``time.monotonic``).
