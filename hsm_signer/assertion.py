@@ -76,7 +76,7 @@ class ClientAssertion:
         """
         now = int(time.time()) if now is None else now
         jti = b64url(secrets.token_bytes(16)) if jti is None else jti
-        header = _encoded_header(signer.alg, self.typ, self._kid(signer))
+        header = _encoded_header(signer.alg, self.typ, self._kid(signer) if self.kid else "")
         return signed(f"{header}.{b64url(self._payload(now, jti).encode())}", signer)
 
     def _kid(self, signer: Signer) -> str:

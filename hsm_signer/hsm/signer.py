@@ -52,10 +52,11 @@ class HsmSigner:
         """
         if type(data) is not bytes:
             data = bytes(memoryview(data))
-        if self.audit is None:
+        audit = self._sessions.audit
+        if audit is None:
             return self._signed(data)
         serial = self._sessions.login.info.serial
-        with self.audit.signing(data, serial=serial, key=self.verifies_under, object=self._name):
+        with audit.signing(data, serial=serial, key=self.verifies_under, object=self._name):
             return self._signed(data)
 
     def _signed(self, data: bytes) -> bytes:
