@@ -40,6 +40,20 @@ class Row:
         return self.reached >= self.must if self.at_least else self.reached <= self.must
 
 
+HEAD = ("| what | against | reached | must reach | aim for |", "|---|---|---|---|---|")
+
+
+def line(row: Row) -> str:
+    """A row in Markdown; the quartiles of the rounds stand in parentheses."""
+    sign = "≥" if row.at_least else "≤"
+    reached = f"{row.reached:.4g}{row.unit}"
+    if row.low is not None and row.high is not None:
+        reached += f" ({row.low:.3g} to {row.high:.3g})"
+    aim = "" if row.aim is None else f"{sign} {row.aim:g}{row.unit}"
+    verdict = "" if row.holds else " **missed**"
+    return f"| {row.what} | {row.against} | {reached}{verdict} | {sign} {row.must:g}{row.unit} | {aim} |"
+
+
 def process(command: Sequence[str], environment: Mapping[str, str]) -> Run:
     """Run a process from its start to its end; it must succeed."""
     began = time.perf_counter()

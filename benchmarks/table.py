@@ -15,12 +15,12 @@ import bearer
 import calls
 import herd
 import processes
+import quote
 import signing
-from measure import Row
+from measure import HEAD, Row, line
 from office import office
 
 THEMES = {each.__name__: each.rows for each in (signing, bearer, processes, calls, herd)}
-RESULTS = Path(__file__).with_name("results.json")
 LIBRARIES = ("python-pkcs11", "asn1crypto", "cryptography", "urllib3", "requests", "typer")
 
 
@@ -33,23 +33,12 @@ def machine() -> dict[str, object]:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": f"{platform.python_version()}, {platform.python_compiler()}",
         "softhsm": softhsm.strip(),
-        "openssl": openssl.strip(),
+        "openssl": openssl.partition(" (")[0].strip(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-
-
-def line(row: Row) -> str:
-    """A row in Markdown; the quartiles of the rounds stand in parentheses."""
-    sign = "≥" if row.at_least else "≤"
-    reached = f"{row.reached:.4g}{row.unit}"
-    if row.low is not None and row.high is not None:
-        reached += f" ({row.low:.3g} to {row.high:.3g})"
-    aim = "" if row.aim is None else f"{sign} {row.aim:g}{row.unit}"
-    verdict = "" if row.holds else " **missed**"
-    return f"| {row.what} | {row.against} | {reached}{verdict} | {sign} {row.must:g}{row.unit} | {aim} |"
 
 
 def main(module: str, *wanted: str) -> None:
@@ -57,7 +46,7 @@ def main(module: str, *wanted: str) -> None:
     if unknown:
         sys.exit(f"no such theme: {', '.join(unknown)}; there are {', '.join(THEMES)}")
     before = os.getloadavg()[0]
-    print("| what | against | reached | must reach | aim for |\n|---|---|---|---|---|")
+    print(*HEAD, sep="\n", flush=True)
     rows: list[Row] = []
     with office(module) as place:
         for name in wanted or THEMES:
@@ -65,11 +54,10 @@ def main(module: str, *wanted: str) -> None:
                 print(line(row), flush=True)
                 rows.append(row)
     if not wanted:
-        table = [dataclasses.asdict(row) | {"holds": row.holds} for row in rows]
-        load = {"load_before": before, "load_after": os.getloadavg()[0]}
-        RESULTS.write_text(
-            json.dumps({"machine": machine() | load, "rows": table}, indent=2, ensure_ascii=False) + "\n"
-        )
+        machine_of_today = machine() | {"load_before": before}
+        results = {"machine": machine_of_today, "rows": [dataclasses.asdict(row) for row in rows]}
+        quote.RESULTS.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        quote.main()
     if before > 0.5:
         print(
             f"the load average was {before:.1f} at the start: measure again on a quiet machine",
