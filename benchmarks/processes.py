@@ -30,9 +30,9 @@ def rows(office: Office) -> Iterator[Row]:
     seconds = {name: [each.seconds for each in found] for name, found in runs.items()}
     hit, cold, shell_way = "`hsm-token fetch`, cache hit", "`hsm-token fetch`, no cache", "the shell way"
     libraries = (
-        "a process that only imports typer, pkcs11, requests, asn1crypto.x509 and cryptography's EC part"
+        "a process that just imports typer, pkcs11, requests, asn1crypto.x509 and cryptography's EC part"
     )
-    yield ratio(hit, seconds["hit"], "a process that only imports typer", seconds["typer"], 1.3, 1.15)
+    yield ratio(hit, seconds["hit"], "a process that just imports typer", seconds["typer"], 1.3, 1.15)
     yield ratio(cold, seconds["cold"], libraries, seconds["libraries"], 1.4, 1.2)
     yield ratio(hit, seconds["hit"], shell_way, seconds["shell"], 1.7, 1.4)
     yield ratio(cold, seconds["cold"], shell_way, seconds["shell"], 4.5, 3.5)
