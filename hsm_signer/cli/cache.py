@@ -41,4 +41,4 @@ def clear(settings: Settings) -> None:
     from hsm_signer.oauth.cache import clear
 
     count = clear(assembly.cache_directory(settings))
-    terminal.note(f"removed {count} cached access tokens")
+    terminal.note(f"cached access tokens removed: {count}")
