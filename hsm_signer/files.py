@@ -129,7 +129,9 @@ def guarded(path: Path) -> Path:
     Who can write a directory can put another file in the place of one that nobody can write. So each
     directory from the root on, and each link, is ours or root's, and nobody else can write the directory.
     Passed over are a sticky bit, which keeps what is ours in ``/tmp``; a mount that is read-only, as
-    Kubernetes has them with mode 0777; and the groups of :func:`_is_ours`. Raises :class:`UnsafeFileError`.
+    Kubernetes has them with mode 0777; and the groups of :func:`_is_alone_in`. Root may work in a directory of a
+    user's, by ``sudo`` or in a container: what is used there has to be root's all the same. Raises
+    :class:`UnsafeFileError`.
     """
     uid = _uid()
     if uid is None:
@@ -148,7 +150,8 @@ def guarded(path: Path) -> Path:
             links += 1
             if links > MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), there)
-            _check_owner(there, found, uid)
+            if uid or found.st_uid != os.lstat(here).st_uid:
+                _check_owner(there, found, uid)
             target = Path(os.readlink(there))  # noqa: PTH115  # as above
             here = "/" if target.is_absolute() else here
             rest += [step for step in target.parts[::-1] if step != "/"]
@@ -163,9 +166,12 @@ def _check_directory(path: str, found: os.stat_result, uid: int) -> None:
     if found.st_uid not in (uid, 0) or found.st_mode & UNTOUCHED:
         if getattr(os.statvfs(path), "f_flag", 0) & getattr(os, "ST_RDONLY", 0):
             return
-        _check_owner(path, found, uid)
-        by_others = found.st_mode & 0o002 or not _is_ours(found.st_gid, uid)
-        if by_others and not found.st_mode & stat.S_ISVTX:
+        if uid:
+            _check_owner(path, found, uid)
+        by_group = found.st_mode & 0o020 and not any(
+            _is_alone_in(found.st_gid, user) for user in (uid, found.st_uid)
+        )
+        if (by_group or found.st_mode & 0o002) and not found.st_mode & stat.S_ISVTX:
             mode = stat.S_IMODE(found.st_mode)
             raise UnsafeFileError(
                 f"{path} has mode {mode:04o}: other users could put another file into it",
@@ -178,8 +184,8 @@ def _check_owner(path: str | Path, found: os.stat_result, uid: int) -> None:
         raise UnsafeFileError(f"{path} belongs to user id {found.st_uid}, neither to us ({uid}) nor to root")
 
 
-def _is_ours(gid: int, uid: int) -> bool:
-    """Whether a group is root's (0), or has nobody in it but us: one of our name, as distributions make them.
+def _is_alone_in(gid: int, uid: int) -> bool:
+    """Whether a group is root's (0), or has nobody in it but the user: one of that name, as distributions make.
 
     Where they do, new directories are writable by that group.
     """

@@ -17,6 +17,7 @@ from hsm_signer import files
 from hsm_signer.errors import ConfigError, UnsafeFileError
 
 NOBODY = 65534
+ANOTHER = 65533
 
 
 @pytest.fixture
@@ -398,7 +399,7 @@ def test_a_link_is_judged_by_where_it_lies_not_by_where_it_leads(deep: Path, tmp
         files.guarded(deep.with_name("none"))
 
 
-def test_directories_and_links_of_another_user_are_refused(deep: Path, tmp_path: Path) -> None:
+def test_a_link_of_another_user_is_refused_where_anybody_can_make_one(deep: Path, tmp_path: Path) -> None:
     sticky = tmp_path / "sticky"
     sticky.mkdir()
     sticky.chmod(0o1777)
@@ -407,9 +408,21 @@ def test_directories_and_links_of_another_user_are_refused(deep: Path, tmp_path:
     os.chown(sticky / "link", NOBODY, NOBODY, follow_symlinks=False)
     with pytest.raises(UnsafeFileError, match=f"link belongs to user id {NOBODY}"):
         files.guarded(sticky / "link")
-    os.chown(deep.parent, NOBODY, NOBODY)
-    with pytest.raises(UnsafeFileError, match=f"beside belongs to user id {NOBODY}"):
-        files.guarded(deep)
+
+
+def test_a_directory_of_another_user_is_refused_but_for_root_who_may_work_there(shared: Path) -> None:
+    theirs = shared / "theirs"
+    theirs.mkdir(mode=0o755)
+    files.create(theirs / "file", b"content")
+    (theirs / "link").symlink_to("file")
+    for path in (theirs, theirs / "link"):
+        os.chown(path, ANOTHER, ANOTHER, follow_symlinks=False)
+    assert files.guarded(theirs / "link") == theirs / "file"
+    answer = as_nobody(f"print(files.guarded(Path('{theirs}/file')))")
+    assert answer.startswith(f"UnsafeFileError {theirs} belongs to user id {ANOTHER}")
+    theirs.chmod(0o775)
+    with pytest.raises(UnsafeFileError, match="mode 0775"):
+        files.guarded(theirs / "file")
 
 
 GROUPS = """
