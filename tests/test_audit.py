@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from canary import assert_no_trace
 from endpoint import GRANT, Endpoint, Reply
 from faults import FaultyModule
+from manual import CHECKOUT, blocks
 from office import Office
 from software_signer import SoftwareSigner
 
@@ -940,11 +942,70 @@ def test_verify_with_the_head_that_was_noted_finds_what_is_cut_off(
     assert done.lines == [
         "the end is not anchored: lines cut off there, or another history, show by --expect alone"
     ]
+    assert office.run("audit", "verify", "-q").stderr == ""
+    done = office.run("audit", "verify", "--expect", noted)
+    assert (done.status, done.stdout) == (8, "")  # no head that somebody could note
     done = office.run("audit", "verify", "--expect", noted, "--json")
     assert (done.status, done.json["anchored"], len(done.json["findings"])) == (8, True, 1)
     assert f"no line is {noted}" in done.stderr
     write(log, lines(log)[1])
     assert office.run("audit", "verify").status == 8
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_job_of_the_manual_notes_the_head_of_no_log_without_the_last_anchor(
+    tls_office: Office, tmp_path: Path
+) -> None:
+    office = audited(tls_office, tmp_path)
+    log, anchors = AuditLog(tmp_path / "audit.jsonl"), tmp_path / "anchors"
+    anchors.touch()
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin/hsm-token", f'exec {shlex.join(office.command())} "$@"')
+    program(tmp_path / "bin/ssh", '[ "$1" = das-host ] && shift && exec sh -c "$*"')  # as ssh joins its words
+    page = blocks(CHECKOUT / "docs/operating.md")
+    [job] = [
+        each.text.split(maxsplit=5)[5] for each in page if "audit" in each.text and each.language == "cron"
+    ]
+    [first] = [command for each in page for command, _ in each.steps if command.startswith("ssh das-host")]
+
+    def run(command: str) -> tuple[int, str]:
+        here = command.replace("/var/lib/anchors/das", str(anchors)).replace("profile das", "profile office")
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config), "PATH": path}
+        done = subprocess.run(["sh", "-c", here], env=environment, capture_output=True, text=True)
+        assert done.stdout == ""
+        return done.returncode, done.stderr
+
+    use(log)
+    status, told = run(job)
+    assert (status, anchors.read_text()) == (2, "")
+    assert run(first)[0] == 0
+    noted = [f"{log.head()}\n"]
+    for _ in range(2):
+        use(log)
+        noted.append(f"{log.head()}\n")
+        assert run(job) == (0, "")
+        assert anchors.read_text() == "".join(noted)
+
+    kept = lines(log)
+    for left in (None, [], kept[:2], [*kept[:-1], kept[-1].replace(b"done", b"gone")]):
+        log.path.unlink()
+        if left is None:
+            told = "there is no audit log"
+        else:
+            log.path.touch(mode=0o600)
+            write(log, *left)
+            told = f"no line is {noted[-1].strip()}"
+        for _ in range(2):  # nothing is noted, so it shows again
+            status, printed = run(job)
+            assert (status, told in printed, anchors.read_text()) == (8, True, "".join(noted))
+            for _ in range(3):
+                use(log, "another history")
+            told = "no line is"
 
 
 def test_a_log_that_is_not_there_is_not_passed_over(tls_office: Office, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def verify(
     """Check that no line of the log was changed, removed or moved. Exit 8: something was found.
 
     Only a head that was noted elsewhere shows lines that were cut off at the end, and another history.
+    Prints the head of a log in which nothing was found: note that one next.
 
     Example: hsm-token audit verify --profile das --expect "$(ssh safe cat head)"
     """
@@ -67,15 +68,18 @@ def verify(
 
 
 def _tell(verdict: Verdict) -> None:
-    """The head, and what is no finding but good to know."""
-    terminal.result(str(verdict.head))
+    """The head, unless nobody should note it, and what is no finding but good to know."""
+    if not verdict.findings:
+        terminal.result(str(verdict.head))
     if verdict.torn:
-        terminal.note(f"lines torn by crashes: {verdict.torn}")
+        terminal.remark(f"lines torn by crashes: {verdict.torn}")
     if verdict.open:
         numbers = ", ".join(map(str, verdict.open))
-        terminal.note(f"uses without an outcome, of a process that ended in between or is at work: {numbers}")
+        terminal.remark(
+            f"uses without an outcome, of a process that ended in between or is at work: {numbers}"
+        )
     if verdict.unanchored:
-        terminal.note(
+        terminal.remark(
             "the end is not anchored: lines cut off there, or another history, show by --expect alone"
         )
 

@@ -61,6 +61,12 @@ def note(text: str) -> None:
     tell(f"hsm-token: {shown(text)}")
 
 
+def remark(text: str) -> None:
+    """Tell a person what is good to know and asks for nothing, unless ``--quiet``."""
+    if not quiet:
+        note(text)
+
+
 def copyable(lines: Iterable[str]) -> None:
     """Show lines of ours on stderr as they are, for a person to copy."""
     tell("\n".join(lines))
