@@ -160,17 +160,23 @@ def check_none_is_prepared(path: Path, profile: str) -> None:
         raise ConfigError(
             f"profile {profile} has a next key already: {present}",
             hint="hsm-token rollover status shows whether it is on the token; rollover switch makes it the key in "
-            "use, rollover abandon drops it from the profile",
+            "use; rollover abandon drops it from the profile, unless its certificate is registered already",
         )
+
+
+def check_one_is_prepared(path: Path, profile: str) -> dict[str, str]:
+    """What the profile says of its next key; :class:`ConfigError` where it says nothing."""
+    settings = profile_file.profiles(path).get(profile, {})
+    said = {name: str(settings[name]) for name in _NEXT if name in settings}
+    if not said:
+        raise ConfigError(f"profile {profile} has no next key", hint="there is no rollover to abandon")
+    return said
 
 
 def abandon(path: Path, profile: str, *, state_directory: Path) -> dict[str, str]:
     """Forget the next key, be it on the token or lost; what the profile said of it. No key is deleted."""
     with profile_file.exclusive(state_directory):
-        settings = profile_file.profiles(path).get(profile, {})
-        said = {name: str(settings[name]) for name in _NEXT if name in settings}
-        if not said:
-            raise ConfigError(f"profile {profile} has no next key", hint="there is no rollover to abandon")
+        said = check_one_is_prepared(path, profile)
         profile_file.change(path, profile, dict.fromkeys(said))
     return said
 
@@ -243,7 +249,8 @@ def require_unused(path: Path | None, thumbprint: str, key: str | None = None) -
     if pinned:
         raise KeyMismatchError(
             f"{thumbprint} is pinned as {' and '.join(pinned)}: a key in use is not deleted",
-            hint="hsm-token rollover brings a profile to another key, and its abandon drops a next key; "
+            hint="hsm-token rollover brings a profile to another key, and its abandon drops a next key that is not "
+            "registered; "
             "a profile that nobody needs can go from the file",
         )
     if named:

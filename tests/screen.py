@@ -6,7 +6,7 @@ import pty
 from office import Office
 
 
-def at_a_terminal(office: Office, arguments: list[str], answers: dict[str, str]) -> str:
+def at_a_terminal(office: Office, arguments: list[str], answers: dict[str, str], status: int = 0) -> str:
     """Run with a terminal for all three streams and answer each question once; what was on the screen."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -21,9 +21,9 @@ def at_a_terminal(office: Office, arguments: list[str], answers: dict[str, str])
             break
         for question in [question for question in waiting if question in screen]:
             os.write(terminal, f"{waiting.pop(question)}\n".encode())
-    _, status = os.waitpid(pid, 0)
+    _, ended = os.waitpid(pid, 0)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0, screen
+    assert os.waitstatus_to_exitcode(ended) == status, screen
     return screen
 
 

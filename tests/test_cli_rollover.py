@@ -187,7 +187,7 @@ def test_a_next_key_that_is_lost_is_told_and_abandoned_without_a_token_and_anoth
 
     pin = rollover.office.home / "pin"
     pin.rename(pin.with_name("away"))
-    done = rollover.run("rollover", "abandon")
+    done = rollover.run("rollover", "abandon", "--force")
     pin.with_name("away").rename(pin)
     assert (done.status, done.stdout) == (0, "")
     said = lines_of(done.stderr)
@@ -207,12 +207,29 @@ def test_abandoning_deletes_no_key_and_needs_a_next_one_and_a_profile_that_can_b
     rollover.prepared()
     before = rollover.office.config.read_text()
     rollover.office.config.chmod(0o400)
-    refused = rollover.run("rollover", "abandon")
+    refused = rollover.run("rollover", "abandon", "--force")
     assert (refused.status, refused.stdout.count(": remove this setting")) == (2, 3)
     assert rollover.office.config.read_text() == before
     rollover.office.config.chmod(0o600)
-    assert rollover.run("rollover", "abandon").status == 0
+    assert rollover.run("rollover", "abandon", "--force").status == 0
     assert rollover.labels() == {"first", "next"}
+
+
+def test_a_next_key_that_the_server_may_know_is_abandoned_only_by_force_or_a_typed_yes(
+    rollover: Rollover,
+) -> None:
+    rollover.prepared()
+    rollover.register("next")
+    before = rollover.profile
+    silent = rollover.run("rollover", "abandon")
+    assert (silent.status, silent.stdout, rollover.profile) == (2, "", before)
+    assert "rollover try" in silent.lines[-1]
+    screen = at_a_terminal(rollover.office, ["rollover", "abandon"], {"abandon it?": "no"}, status=2)
+    assert f"the next key is {before['next-key']}: {before['next-key-thumbprint']}" in screen
+    assert rollover.profile == before
+    screen = at_a_terminal(rollover.office, ["rollover", "abandon"], {"abandon it?": "yes"})
+    assert "if its certificate is not registered: hsm-token key delete" in screen
+    assert "next-key" not in rollover.profile
 
 
 def test_the_key_in_use_and_the_next_one_are_not_retired(rollover: Rollover) -> None:

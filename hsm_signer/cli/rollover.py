@@ -23,7 +23,10 @@ app = typer.Typer()
 group = typer.Typer(name="rollover", help="Change to the next key, step by step.", no_args_is_help=True)
 app.add_typer(group)
 
-_DROP_IT = "hsm-token rollover abandon drops it from the profile, and rollover prepare makes another"
+_DROP_IT = (
+    "hsm-token rollover abandon drops it from the profile, and rollover prepare makes another; "
+    "not where its certificate is registered already"
+)
 
 
 @group.command()
@@ -186,14 +189,21 @@ def switch(
 
 @group.command()
 @options.configured()
-def abandon(settings: Settings) -> None:
+def abandon(
+    settings: Settings,
+    force: Annotated[bool, typer.Option("--force", help="Drop it without a question.")] = False,
+) -> None:
     """Drop the next key from the profile, as when it was lost. No key is deleted, no token needed.
 
-    What the profile said of it is shown, for it to be put back.
+    Only where its certificate is not registered: else the server takes this key and no other. It asks on a
+    terminal, and needs --force without one. What the profile said of the key is shown, for it to be put back.
 
     Example: hsm-token rollover abandon --profile das
     """
     path, profile = _profile(settings)
+    rollover.check_one_is_prepared(path, profile)
+    if not force:
+        _agree_to_abandon(settings)
     try:
         said = rollover.abandon(path, profile, state_directory=assembly.state_directory(settings))
     except ProfileNotChangedError as failed:
@@ -202,7 +212,21 @@ def abandon(settings: Settings) -> None:
         raise typer.Exit(exits.USAGE) from None
     terminal.note(f"profile {profile} has no next key any more; removed from {path}:")
     terminal.copyable(f"{name} = {toml.text(value)}" for name, value in said.items())
-    terminal.note("where the key is on the token it stays: hsm-token key delete")
+    terminal.note(
+        "where the key is on the token it stays; if its certificate is not registered: hsm-token key delete"
+    )
+
+
+def _agree_to_abandon(settings: Settings) -> None:
+    """Have somebody say so before the profile loses what may be the only key that the server takes."""
+    terminal.note(f"the next key is {settings.next_key}: {settings.next_key_thumbprint or 'not pinned'}")
+    terminal.note("if its certificate is registered, the server takes no other key of this client")
+    if terminal.somebody_there() and terminal.ask("abandon it? yes or no", "no") == "yes":
+        return
+    raise ConfigError(
+        "the next key is not abandoned",
+        hint="hsm-token rollover try shows whether the server takes it; if it does not: --force",
+    )
 
 
 @group.command()
