@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from hsm_signer.errors import (
     SigningKeyError,
     TokenError,
 )
+from hsm_signer.hsm import generation
 from hsm_signer.hsm.keys import KeyInfo
 from hsm_signer.hsm.token import Token
 from hsm_signer.jose import thumbprint
@@ -184,6 +187,51 @@ def test_a_generation_that_fails_half_way_leaves_nothing_behind(
             token.generate_key(label)
         faulty.set()
     if function in ("C_SignInit", "C_Sign"):  # the others are needed to clean up as well
+        assert soft.pkcs11_tool("--list-objects") == before
+
+
+def test_a_generation_that_lost_a_race_destroys_its_own_key_alone(
+    soft: SoftToken, token: Token, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one takes the same label and CKA_ID between the look whether they are free and the making."""
+    made, generate_pair = [], generation._generate_pair
+
+    def overtaken(session: object, label: str, key_id: bytes) -> object:
+        if not made:
+            made.append(label)
+            made.append(token.generate_key(label, id=key_id))
+        return generate_pair(session, label, key_id)
+
+    monkeypatch.setattr(generation, "_generate_pair", overtaken)
+    before = soft.pkcs11_tool("--list-objects").count("Key Object")
+    with open_token(soft.uri, module=soft.module, pin=soft.pin) as late, pytest.raises(KeyAmbiguousError):
+        late.generate_key("raced", id=b"raced")
+    assert listed(token, "raced") == made[1]
+    assert token.signer("raced", thumbprint=made[1].thumbprint).sign(b"data")
+    assert soft.pkcs11_tool("--list-objects").count("Key Object") == before + 2
+
+
+@pytest.mark.parametrize("key_id", [None, b"interrupted"])
+def test_a_key_that_ctrl_c_kept_from_being_judged_does_not_stay(
+    soft: SoftToken, token: Token, monkeypatch: pytest.MonkeyPatch, key_id: bytes | None
+) -> None:
+    monkeypatch.setattr(generation, "_judge", lambda key: signal.raise_signal(signal.SIGINT))
+    before = soft.pkcs11_tool("--list-objects")
+    with pytest.raises(KeyboardInterrupt):
+        token.generate_key("interrupted", id=key_id)
+    assert soft.pkcs11_tool("--list-objects") == before
+
+
+def test_a_key_that_ctrl_c_came_before_the_handles_of_does_not_stay(
+    soft: SoftToken, faulty: FaultyModule
+) -> None:
+    with open_token(soft.uri, module=faulty.path, pin=soft.pin) as token:
+        before = soft.pkcs11_tool("--list-objects")
+        faulty.set("delay C_GenerateKeyPair 400")
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            token.generate_key("slow")
+        assert faulty.calls("C_GenerateKeyPair") == 1
         assert soft.pkcs11_tool("--list-objects") == before
 
 

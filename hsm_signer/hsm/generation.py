@@ -20,7 +20,6 @@ from pkcs11.mechanisms import KeyType
 
 from hsm_signer.errors import (
     ConfigError,
-    HsmSignerError,
     KeyAmbiguousError,
     KeyExportableError,
 )
@@ -76,43 +75,39 @@ def generate(lane: Lane, label: str, key_id: bytes | None) -> KeyInfo:
     if key_id is not None and not (isinstance(key_id, bytes) and key_id):
         raise ConfigError("the CKA_ID of a key is bytes, at least one")
     chosen = secrets.token_bytes(16) if key_id is None else key_id
-    login, uri = lane.login, Uri(object=label, id=chosen)
+    login, uri, made = lane.login, Uri(object=label, id=chosen), list[Any]()
     with login.writable() as session:
         _require_free(session, Uri(object=label), login)
         _require_free(session, Uri(id=chosen), login)
-        with lane.use("key generation", None, str(uri)) as outcome:
-            try:
-                _generate_pair(session, label, chosen)
+        try:
+            with lane.use("key generation", None, str(uri)) as outcome:
+                made += _generate_pair(session, label, chosen)
                 key = keys.find_key(session, uri, login)
                 _judge(key)
                 info = key.info(public_half.require_proof(lane, key))
-                if len(keys.find_keys(session, Uri(object=label), login)) > 1:  # another process was as fast
-                    raise _taken(Uri(object=label))
-            except (HsmSignerError, *FOREIGN):
-                _destroy(login, label, chosen)
-                raise
-            outcome["key"] = info.thumbprint
+                _require_free(session, Uri(object=label), login, but=1)  # another process may be as fast
+                outcome["key"] = info.thumbprint
+        except BaseException:  # Ctrl-C as well, and a log that was full: what is not handed out does not stay
+            _destroy(login, uri, None if key_id is None else made)
+            raise
     log.info("key %s generated", key.name)
     return info
 
 
-def _require_free(session: Any, uri: Uri, login: Login) -> None:
-    if keys.find_keys(session, uri, login):
-        raise _taken(uri)
+def _require_free(session: Any, uri: Uri, login: Login, *, but: int = 0) -> None:
+    if len(keys.find_keys(session, uri, login)) > but:
+        raise KeyAmbiguousError(
+            f"a private key {uri} is on the token already", hint="choose another label; keys are chosen by it"
+        )
 
 
-def _taken(uri: Uri) -> KeyAmbiguousError:
-    return KeyAmbiguousError(
-        f"a private key {uri} is on the token already", hint="choose another label; keys are chosen by it"
-    )
-
-
-def _generate_pair(session: Any, label: str, key_id: bytes) -> None:
-    """Take the first rung that the token takes."""
+def _generate_pair(session: Any, label: str, key_id: bytes) -> Any:
+    """Take the first rung that the token takes; the handles of both halves."""
     parameters = session.create_domain_parameters(KeyType.EC, {Attribute.EC_PARAMS: keys.P256}, local=True)
+    pair: Any = ()
     for number, (public, private) in enumerate(LADDER, 1):
         try:
-            parameters.generate_keypair(
+            pair = parameters.generate_keypair(
                 id=key_id,
                 label=label,
                 store=True,
@@ -127,7 +122,8 @@ def _generate_pair(session: Any, label: str, key_id: bytes) -> None:
             if number == len(LADDER):
                 raise
         else:
-            return
+            break
+    return pair
 
 
 def _judge(key: FoundKey) -> None:
@@ -144,17 +140,20 @@ def _judge(key: FoundKey) -> None:
             raise KeyExportableError(f"{name} of key {key.name}: {answer}; the key was destroyed")
 
 
-def _destroy(login: Login, label: str, key_id: bytes) -> None:
-    """Destroy what was made under a label and CKA_ID that were free before, in a fresh session."""
-    template: dict[Attribute, object] = {Attribute.LABEL: label, Attribute.ID: key_id}
+def _destroy(login: Login, uri: Uri, made: list[Any] | None) -> None:
+    """Destroy what was made, by its handles: another process may be making a key of the same label and CKA_ID.
+
+    ``None``: by its names, in a fresh session; a random CKA_ID is nobody else's, and the answer with the
+    handles may have been lost.
+    """
+    template: dict[Attribute, object] = {Attribute.LABEL: uri.object, Attribute.ID: uri.id}
     try:
         with login.writable() as session:
-            for object_class in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
-                for handle in attributes.search(session, template | {Attribute.CLASS: object_class}):
-                    handle.destroy()
+            if made is None:
+                classes = (ObjectClass.PUBLIC_KEY, ObjectClass.PRIVATE_KEY)
+                found = [attributes.search(session, template | {Attribute.CLASS: each}) for each in classes]
+                made = [handle for handles in found for handle in handles]
+            for handle in reversed(made):  # the private half first
+                handle.destroy()
     except FOREIGN as exc:
-        log.warning(
-            "a key that failed, %s, may be left on the token (%s): delete it",
-            Uri(object=label, id=key_id),
-            code_of(exc),
-        )
+        log.warning("a key that failed, %s, may be left on the token (%s): delete it", uri, code_of(exc))
