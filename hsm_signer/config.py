@@ -312,14 +312,23 @@ def load(options: Mapping[str, object], environ: Mapping[str, str] = os.environ)
     )
 
 
-def given_values(options: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """Options over environment, as they were given; no file is read."""
+def given_values(
+    options: Mapping[str, object], environ: Mapping[str, str] = os.environ
+) -> tuple[dict[str, object], list[str]]:
+    """Options over environment, as they were given, and the variables that were taken; no file is read."""
     profile = environ.get(variable("profile")) or None
-    layers = (_from_environment(environ) | {"profile": profile}, options)
-    return {
-        name: next((layer[name] for layer in reversed(layers) if layer.get(name) is not None), None)
-        for name in options
-    }
+    from_environment = _from_environment(environ) | {"profile": profile}
+    values = {name: from_environment.get(name) if given is None else given for name, given in options.items()}
+    taken = [
+        variable(name) for name, given in options.items() if given is None and from_environment.get(name)
+    ]
+    return values, taken
+
+
+def absolute(name: str, value: str) -> str:
+    """Make a path that was typed absolute: it is of the working directory, and in a file of the file's."""
+    here = Path.cwd()
+    return str(here / value) if name == "module" else str(_relative_to(here, name, value))
 
 
 def check(values: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Change settings of one profile in its TOML file, and nothing else in it.
+"""Change settings of one profile in its TOML file, or add a profile, and nothing else in it.
 
 The standard library reads TOML and does not write it. This edits the lines ``key = "text"`` below the header
 ``[profiles.NAME]``, and then has :mod:`tomllib` say whether the result means what was intended. A file that
@@ -40,14 +40,40 @@ def change(path: Path, profile: str, changes: Mapping[str, str | None]) -> None:
     after = changed(before, profile, changes)
     if after == before:
         return
-    if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):  # root may, and should not
-        raise not_changed(f"{path} is read-only", profile, changes)
-    if len(after.encode()) > toml.MAX_SIZE:  # nobody would read it any more
-        raise not_changed(f"{path} would have more than {toml.MAX_SIZE} bytes", profile, changes)
     try:
-        files.replace(path, after.encode())
+        _write(path, after)
+    except ConfigError as failed:
+        raise not_changed(str(failed), profile, changes) from None
+
+
+def add(path: Path, profile: str, table: str) -> None:
+    """Put the lines of a profile that is not there yet at the end of the file, as :func:`change` writes it.
+
+    Raises :class:`ConfigError` where there is one of this name, or where the file would then mean more than that.
+    """
+    path = path.resolve()
+    before = _read(path)
+    wanted, new = _parsed(before), _parsed(table)
+    if profile in wanted.setdefault("profiles", {}):
+        raise ConfigError(f"{path} has a profile {profile!r} already; nothing is overwritten")
+    wanted["profiles"] |= new["profiles"]
+    after = f"{before.rstrip()}\n\n{table}"
+    if not _means(after, wanted):
+        raise ConfigError(
+            "the file is written in a way that is not edited here", hint=f"add the profile to {path} by hand"
+        )
+    _write(path, after)
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.stat().st_mode & stat.S_IWUSR or not os.access(path, os.W_OK):  # root may, and should not
+        raise ConfigError(f"{path} is read-only")
+    if len(text.encode()) > toml.MAX_SIZE:  # nobody would read it any more
+        raise ConfigError(f"{path} would have more than {toml.MAX_SIZE} bytes")
+    try:
+        files.replace(path, text.encode())
     except OSError as exc:
-        raise not_changed(f"{path} cannot be replaced ({exc.strerror})", profile, changes) from None
+        raise ConfigError(f"{path} cannot be replaced ({exc.strerror})") from None
 
 
 def profiles(path: Path) -> dict[str, dict[str, object]]:

@@ -7,6 +7,7 @@ import subprocess
 import time
 import tomllib
 from base64 import urlsafe_b64decode
+from pathlib import Path
 
 import leaks
 import office as offices
@@ -176,8 +177,56 @@ def test_config_init_writes_a_private_file_that_works(office, tmp_path):
     assert (done.status, done.stderr) == (0, "")
     count, _, _ = office.run("audit", "head", "--config", str(target)).stdout.partition(":")
     assert int(count) >= 2
+    before = target.read_text()
     again = office.run("config", "init", "--config", str(target), *options)
     assert (again.status, again.lines[0].endswith("nothing is overwritten")) == (2, True)
+    assert again.lines[1] == "hint: --profile NAME adds another profile to it"
+    again = office.run("config", "init", "--config", str(target), "--profile", "new", *options)
+    assert (again.status, again.lines[0]) == (
+        2,
+        f"error: {target} has a profile 'new' already; nothing is overwritten",
+    )
+    assert target.read_text() == before
+
+
+def test_config_init_adds_a_profile_below_those_that_are_there(office, tmp_path):
+    target = tmp_path / "config.toml"
+    init = ("config", "init", "--config", str(target), "--preset", "wipo-das-test")
+    assert office.run(*init, "--profile", "das-test", "--key", "das-test-2026").status == 0
+    before = target.read_text().replace("[profiles", "# a remark\n[profiles")
+    target.write_text(before)
+    added = office.run(*init, "--profile", "das", "--key", "das-2026")
+    assert (added.status, added.lines[0]) == (0, f"added profile das to {target}")
+    assert added.lines[1] == f"next: hsm-token doctor --offline --profile das --config {target}"
+    after = target.read_text()
+    assert after.startswith(before)
+    keys = {name: each["key"] for name, each in tomllib.loads(after)["profiles"].items()}
+    assert keys == {"das-test": "das-test-2026", "das": "das-2026"}
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_config_init_writes_paths_that_mean_the_same_in_the_file(office, tmp_path, monkeypatch):
+    here, module = tmp_path / "here", office.profile["module"]
+    here.mkdir()
+    monkeypatch.chdir(here)
+    options = ("--pin-source", "file:pin", "--module", os.path.relpath(module, here), "--audit-log", "log")
+    assert office.run("config", "init", "--config", "../there/config.toml", *options).status == 0
+    written = tomllib.loads((tmp_path / "there/config.toml").read_text())["profiles"]["default"]
+    assert written["pin-source"] == f"file:{here}/pin"
+    assert written["audit-log"] == f"{here}/log"
+    assert Path(written["module"]).is_absolute()
+    assert Path(written["module"]).samefile(module)
+
+
+def test_config_init_says_what_it_takes_from_the_environment(office, tmp_path):
+    environment = {"HSM_TOKEN_SCOPE": "x", "HSM_TOKEN_KEY": "unused"}
+    done = office.run(
+        "config", "init", "--config", str(tmp_path / "new.toml"), "--key", "das", environment=environment
+    )
+    assert (done.status, done.lines[0]) == (
+        0,
+        "taken from the environment, into the file: HSM_TOKEN_SCOPE",
+    )
 
 
 def test_config_init_asks_at_a_terminal_until_each_answer_is_one(office, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hsm_signer import toml
 from hsm_signer.errors import ConfigError, ProfileNotChangedError
-from hsm_signer.profile_file import change, changed, exclusive
+from hsm_signer.profile_file import add, change, changed, exclusive
 
 FILE = """\
 # our office
@@ -231,3 +231,21 @@ def test_a_file_that_is_not_ours_to_write_is_left_and_the_lines_are_named(tmp_pa
     assert refused.value.lines == ("[profiles.das]", 'key = "das-2028"')
     assert file.read_text() == FILE
     change(file, "das", {"key": "das-2026"})  # nothing to do is no failure
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ('profiles = {das = {key = "a"}}\n', "the file is written in a way that is not edited here"),
+        ('[profiles.next]\nkey = "a"\n', "has a profile 'next' already; nothing is overwritten"),
+    ],
+)
+def test_a_profile_is_not_added_where_that_would_break_the_file(
+    tmp_path: Path, before: str, said: str
+) -> None:
+    file = tmp_path / "config.toml"
+    file.touch(mode=0o600)
+    file.write_text(before)
+    with pytest.raises(ConfigError, match=said):
+        add(file, "next", '[profiles.next]\nkey = "b"\n')
+    assert file.read_text() == before

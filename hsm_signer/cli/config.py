@@ -4,15 +4,17 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import typer
 
-from hsm_signer import files, paths, toml
+from hsm_signer import files, paths, profile_file, toml
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import (
     PRESETS,
     SETTINGS,
     Settings,
+    absolute,
     check,
     given_values,
     new_file,
@@ -83,29 +85,53 @@ def presets(as_json: options.Json = False) -> None:
 @options.configured(
     "preset", *options.KEY, "client_id", "token_endpoint", "issuer", "scope", how=given_values
 )
-def init(settings: Mapping[str, str | None]) -> None:
-    """Write a commented configuration file. On a terminal it asks for what is not given.
+def init(settings: tuple[Mapping[str, str | None], list[str]]) -> None:
+    """Write a profile, commented, into a new file or below those of a file that is there.
+
+    On a terminal it asks for what is not given.
 
     Example: hsm-token config init --preset wipo-das --client-id das-api-auth
     """
-    target = new_file(settings["config"])
-    if target.exists():
-        raise ConfigError(
-            f"{target} exists; nothing is overwritten", hint="add a [profiles.NAME] to it by hand"
-        )
-    given = {name: settings[name] for name in (*ASKED, "audit_log")}
+    values, variables = settings
+    target, profile = new_file(values["config"]), values["profile"]
+    there = target.exists()
+    if there:
+        _require_free(target, profile)
+    profile = profile or "default"
+    given = {name: values[name] for name in (*ASKED, "audit_log")}
     if not given["audit_log"]:
         with suppress(ConfigError):  # a user without a home
             given["audit_log"] = str(paths.state_directory() / AUDIT_LOG)
     check(given)
-    text = _document(settings["profile"] or "default", _asked(given) if terminal.somebody_there() else given)
-    try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        files.create(target, text.encode(), mode=0o600)
-    except OSError as failed:
-        raise ConfigError(f"cannot write {target}: {failed.strerror}") from None
-    terminal.note(f"wrote {target}")
-    terminal.note(f"next: hsm-token doctor --offline --config {shlex.quote(str(target))}")
+    if variables:
+        terminal.note(f"taken from the environment, into the file: {', '.join(variables)}")
+    table = _table(profile, _asked(given) if terminal.somebody_there() else given)
+    if there:
+        with profile_file.exclusive(paths.state_directory()):
+            profile_file.add(target, profile, table)
+        terminal.note(f"added profile {profile} to {target}")
+    else:
+        try:
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.create(target, f"{HEAD}\n{table}".encode(), mode=0o600)
+        except OSError as failed:
+            raise ConfigError(f"cannot write {target}: {failed.strerror}") from None
+        terminal.note(f"wrote {target}")
+    named = f" --profile {shlex.quote(profile)}" if there else ""
+    terminal.note(f"next: hsm-token doctor --offline{named} --config {shlex.quote(str(target))}")
+
+
+def _require_free(target: Path, profile: str | None) -> None:
+    """Refuse before anything is asked; without a name it would become the one that all commands take."""
+    if profile is None:
+        raise ConfigError(
+            f"{target} exists; nothing is overwritten", hint="--profile NAME adds another profile to it"
+        )
+    if profile in profile_file.profiles(target):
+        raise ConfigError(
+            f"{target} has a profile {profile!r} already; nothing is overwritten",
+            hint="name another one, or change this one there",
+        )
 
 
 def _asked(given: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -175,13 +201,15 @@ def ask_token(module: str) -> str:
     return terminal.choose("token", found)
 
 
-def _document(profile: str, answers: dict[str, str | None]) -> str:
-    lines = [HEAD, f"[profiles.{toml.key(profile)}]"]
+def _table(profile: str, answers: Mapping[str, str | None]) -> str:
+    lines = [f"[profiles.{toml.key(profile)}]"]
     for name, value in answers.items():
         hyphened = name.replace("_", "-")
         about = SETTINGS[name].metadata["about"]
         lines.append(
-            f"{hyphened} = {toml.text(value)}  # {about}" if value else f"# {hyphened} =   # {about}"
+            f"{hyphened} = {toml.text(absolute(name, value))}  # {about}"
+            if value
+            else f"# {hyphened} =   # {about}"
         )
     lines.append("# key-thumbprint =   # pin the key: hsm-token key export --format thumbprint")
     return "\n".join(lines) + "\n"
