@@ -42,6 +42,7 @@ class Login(NamedTuple):
 def pin_source(settings: Settings, login: Login) -> "PinSource | PinPad":
     """The source of the PIN: the one that is set, else ``HSM_TOKEN_PIN``, else a person."""
     from hsm_signer import pin
+    from hsm_signer.pin_guard import process_began
 
     text = settings.pin_source or default_pin_source()
     if text == "prompt" and login.prompt is None:
@@ -52,7 +53,8 @@ def pin_source(settings: Settings, login: Login) -> "PinSource | PinPad":
         )
     pin.make_undumpable()
     ask = login.prompt and partial(_ask_for, login.prompt, str(settings.token))
-    return pin.from_source(text, prompt=ask, state_directory=state_directory(settings), retry=login.retry)
+    retry = login.retry and process_began()
+    return pin.from_source(text, prompt=ask, state_directory=state_directory(settings), retry=retry)
 
 
 def _ask_for(prompt: Callable[[str], str], token: str, question: str) -> str:

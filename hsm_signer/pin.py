@@ -88,13 +88,14 @@ def from_source(
     *,
     prompt: Callable[[str], str] | None = None,
     state_directory: Path | None = None,
-    retry: bool = False,
+    retry: bool | float = False,
 ) -> PinSource | PinPad:
     """Make a source of ``prompt``, ``env:NAME``, ``file:PATH``, ``command:…``, ``systemd:NAME``,
     ``keyring:SERVICE/USER`` or ``pinpad``; nothing is read yet.
 
     ``prompt`` asks a person; it gets the text to show. ``state_directory``: of the markers, by default the
-    user's. ``retry``: a marker that stands does not stop this source, and a success takes it away.
+    user's. ``retry``: a marker that stands does not stop this source, and a success takes it away; a
+    number: only one from before that time, in Unix seconds.
     """
     if text == "pinpad":
         return PIN_PAD

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 UNATTENDED_WAIT = 60.0  # seconds for the lock: a login on a slow HSM takes some, and others are before us
 CHECK_WAIT = 2.0  # seconds to see whether a marker is of a login under way
+_LONGEST_START = 60.0  # seconds from the start of a process to its login
 PROMPT_WAIT = 5.0  # a person waits for less: the login goes on, the marker stays
 
 # What C_Login answers when it has compared no PIN, by the wording of PKCS#11 v3.1 §5.1 and §5.6.8: the call
@@ -110,14 +111,20 @@ class Attempt:
 
 
 class LoginGuard:
-    """The markers and locks of one PIN source. ``source``: its kind, for the marker's text."""
+    """The markers and locks of one PIN source.
 
-    def __init__(self, source: str, *, unattended: bool, state_directory: Path | None, retry: bool) -> None:
+    ``source``: its kind, for the marker's text. ``retry``: as for :func:`hsm_signer.pin.from_source`.
+    """
+
+    def __init__(
+        self, source: str, *, unattended: bool, state_directory: Path | None, retry: bool | float
+    ) -> None:
         self._source = source
         self._unattended = unattended
         self._state_directory = state_directory
-        self._retry = retry
-        self._forgiven: dict[str, bytes | None] = {}
+        self._retry = bool(retry)
+        self._began = time.time() if retry is True else float(retry)
+        self._checked: set[str] = set()
 
     def check(self, token_identity: str) -> None:
         """Refuse where the marker of an ended login stands, before a PIN is fetched for nothing."""
@@ -138,13 +145,13 @@ class LoginGuard:
             pass
         except (OSError, UnsafeFileError) as exc:
             raise _no_state(path, exc) from exc
-        self._forgiven.setdefault(name, None)
+        self._checked.add(name)
 
     @contextmanager
     def attempt(self, token_identity: str) -> Iterator[Attempt]:
         """Guard one login; see the module's text."""
         name = _name(token_identity)
-        if name not in self._forgiven:
+        if name not in self._checked:
             self.check(token_identity)
         with ExitStack() as held:
             enter = self._enter_unattended if self._unattended else self._enter_at_prompt
@@ -194,13 +201,15 @@ class LoginGuard:
         return paths.state_directory() if self._state_directory is None else self._state_directory
 
     def _refuse_if_standing(self, marker: "_Marker") -> None:
-        """``retry`` forgives the marker that stood at the first look, not one that a later try left.
+        """``retry`` forgives a marker from before the run began, not one that another retry has left since.
 
         So of many processes that retry at once only one logs in.
         """
         standing = marker.read()
-        forgiven = self._forgiven.setdefault(marker.name, standing if self._retry else None)
-        if standing is None or standing == forgiven:
+        if standing is None:
+            return
+        left_since = self._began <= _written(standing) <= time.time() + 1  # or the clock was set back
+        if self._retry and not left_since:
             return
         raise PinRefusedError(
             f"{_describe(standing)} did not succeed; another try could lock the token, so none is made",
@@ -272,6 +281,28 @@ def _lock(held: ExitStack, directory: files.PrivateDirectory, name: str, wait: f
 
 def _name(token_identity: str) -> str:
     return f"login-{hashlib.sha256(token_identity.encode()).hexdigest()[:32]}"
+
+
+def process_began() -> float:
+    """When this process was started, in Unix seconds: of many that start at once, before any of them logs in.
+
+    Where the kernel does not tell, or something else than the last minute, it is a minute before now.
+    """
+    now = time.time()
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        fields = Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        if 0 <= age < _LONGEST_START:
+            return now - age
+    return now - _LONGEST_START
+
+
+def _written(marker: bytes) -> float:
+    """When, in Unix seconds; one that does not tell was written long ago."""
+    try:
+        return datetime.fromisoformat(json.loads(marker)["time"]).timestamp()
+    except (ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _describe(marker: bytes) -> str:

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import keyring
@@ -687,6 +688,24 @@ def test_of_50_processes_with_a_wrong_pin_one_logs_in(pin_file: Path, state: Pat
     told = [finish(process) for process in processes]
     assert sum("C_Login" in text for text in told) == 1
     assert sum("PinRefusedError" in text for text in told) == 49
+
+
+def test_retry_forgives_what_stood_before_its_run_and_no_other(unattended: Callable[..., PinSource]) -> None:
+    before = time.time()
+    fail(unattended())
+    with pytest.raises(PinRefusedError), unattended(retry=before).attempt(TOKEN):
+        pass
+    succeed(unattended(retry=time.time()))
+
+
+@pytest.mark.parametrize("said", [{"time": (datetime.now(UTC) + timedelta(days=1)).isoformat()}, {}, []])
+def test_a_marker_without_a_time_or_from_the_future_does_not_stop_each_retry(
+    unattended: Callable[..., PinSource], state: Path, said: object
+) -> None:
+    fail(unattended())
+    [marker] = markers(state)
+    marker.write_text(json.dumps(said))
+    succeed(unattended(retry=time.time() - 60))
 
 
 def test_processes_with_the_right_pin_log_in_one_after_the_other(pin_file: Path, state: Path) -> None:
