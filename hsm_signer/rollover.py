@@ -115,6 +115,13 @@ def in_use(settings: Settings, token: "Token") -> str | None:
     return _state(token.keys(), "in use", settings.key, None, None).thumbprint
 
 
+def previous(settings: Settings, token: "Token") -> str | None:
+    """The thumbprint of the previous key: as pinned, else as proved, ``None`` where no one key has its name."""
+    if settings.previous_key_thumbprint is not None or settings.previous_key is None:
+        return settings.previous_key_thumbprint
+    return _state(token.keys(), "previous", settings.previous_key, None, None).thumbprint
+
+
 def fetch_or_next(fetch: Callable[[], T], fetch_next: Callable[[], T]) -> T:
     """Fetch with the key in use; where the server refuses that key, once with the next one.
 

@@ -607,7 +607,7 @@ def test_a_rollover_is_in_the_log_from_the_next_key_to_the_end_of_the_last(new_t
     old = next(
         each["key"] for each in records(tmp_path / "audit.jsonl") if each.get("intent") == "certificate"
     )
-    assert office.run("rollover", "retire", "--thumbprint", old).status == 0
+    assert office.run("rollover", "retire", "--force", "--thumbprint", old).status == 0
     found = records(tmp_path / "audit.jsonl")
     kinds = [each["intent"] for each in found if each.get("intent") != "challenge" and "intent" in each]
     assert kinds == [*["key generation", "proof", "certificate"] * 2, "key deletion"]

@@ -238,25 +238,75 @@ def test_the_key_in_use_and_the_next_one_are_not_retired(rollover: Rollover) -> 
         done = rollover.run("rollover", "retire", "--thumbprint", thumbprint)
         assert done.status == 5
         assert "a key in use is not deleted" in done.stderr
-    assert rollover.run("rollover", "retire").status == 2
+    assert rollover.labels() == {"first", "next"}
+
+
+def test_the_old_key_stays_where_the_server_does_not_take_the_one_in_use(rollover: Rollover) -> None:
+    first = rollover.profile["key-thumbprint"]
+    rollover.prepared()
+    assert rollover.run("fetch").status == 0
+    switched = rollover.run("rollover", "switch", "--force")
+    assert "rollover retire" not in switched.stderr
+    assert "fetch --force" in switched.lines[-1]
+    refused = rollover.run("rollover", "retire", "--thumbprint", first)
+    assert (refused.status, refused.stdout, rollover.labels()) == (6, "", {"first", "next"})
+    assert "nothing is destroyed before the server takes the key in use" in refused.lines[-1]
+    away = ("--token-endpoint", "http://127.0.0.1:9/token")
+    assert rollover.run("rollover", "retire", "--thumbprint", first, *away).status == 7
+    assert rollover.labels() == {"first", "next"}
+    assert rollover.run("rollover", "retire", "--thumbprint", first, *away, "--force").status == 0
+    assert rollover.labels() == {"next"}
+
+
+def test_an_access_token_in_the_cache_is_no_sign_that_the_server_takes_the_key_in_use(
+    rollover: Rollover,
+) -> None:
+    first = rollover.profile["key-thumbprint"]
+    rollover.prepared()
+    rollover.register("next")
+    assert rollover.run("rollover", "switch").status == 0
+    assert rollover.run("fetch").status == 0
+    rollover.register("first")
+    assert rollover.run("fetch").status == 0
+    assert rollover.run("rollover", "retire", "--thumbprint", first).status == 6
     assert rollover.labels() == {"first", "next"}
 
 
 def test_at_a_terminal_the_thumbprint_of_the_old_key_is_typed(rollover: Rollover) -> None:
     first = rollover.profile["key-thumbprint"]
     rollover.prepared()
+    rollover.register("next")
     assert rollover.run("rollover", "switch", "--force").status == 0
     screen = at_a_terminal(rollover.office, ["rollover", "retire"], {"type the thumbprint": first})
     assert f"previous key is {rollover.profile.get('previous-key', 'pkcs11:object=first')}" in screen
     assert rollover.labels() == {"next"}
 
 
-def test_at_a_terminal_the_keys_are_shown_where_the_profile_names_no_previous_one(rollover: Rollover) -> None:
+def test_without_a_previous_key_there_is_nothing_to_retire_but_by_its_thumbprint(rollover: Rollover) -> None:
     spare = rollover.run("key", "generate", "spare").stdout.strip()
-    screen = at_a_terminal(rollover.office, ["rollover", "retire"], {"type the thumbprint": spare})
-    assert f"  spare: {spare}" in screen
-    assert f"  first: {rollover.profile['key-thumbprint']}" in screen
+    silent = rollover.run("rollover", "retire")
+    assert (silent.status, "profile office has no previous key" in silent.lines[0]) == (2, True)
+    screen = at_a_terminal(rollover.office, ["rollover", "retire"], {}, status=2)
+    assert "profile office has no previous key" in screen
+    assert rollover.labels() == {"first", "spare"}
+    assert rollover.run("rollover", "retire", "--thumbprint", spare).status == 0
     assert rollover.labels() == {"first"}
+
+
+def test_a_previous_key_that_was_never_pinned_is_shown_with_the_thumbprint_that_is_proved(
+    rollover: Rollover,
+) -> None:
+    first = rollover.profile["key-thumbprint"]
+    rollover.prepared()
+    rollover.register("next")
+    assert rollover.run("rollover", "switch").status == 0
+    config = rollover.office.config
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("previous-key-thumbprint")))
+    assert rollover.run("rollover", "retire").status == 2
+    screen = at_a_terminal(rollover.office, ["rollover", "retire"], {"type the thumbprint": first})
+    assert f": {first}" in screen
+    assert rollover.labels() == {"next"}
 
 
 def test_a_key_goes_where_the_profile_cannot_be_written_and_the_lines_to_change_are_printed(
@@ -266,7 +316,7 @@ def test_a_key_goes_where_the_profile_cannot_be_written_and_the_lines_to_change_
     rollover.prepared()
     assert rollover.run("rollover", "switch", "--force").status == 0
     rollover.office.config.chmod(0o444)
-    done = rollover.run("rollover", "retire", "--thumbprint", first)
+    done = rollover.run("rollover", "retire", "--thumbprint", first, "--force")
     assert (done.status, rollover.labels()) == (0, {"next"})
     assert "previous-key-thumbprint: remove this setting" in done.stdout + done.stderr
 
@@ -328,9 +378,9 @@ def test_switching_and_retiring_as_processes_at_once_keep_every_key_in_use(rollo
     office = rollover.office
     commands = [
         ("switch", "--force"),
-        ("retire", "--thumbprint", first),
-        ("retire", "--thumbprint", second),
-        ("retire", "--thumbprint", first),
+        ("retire", "--force", "--thumbprint", first),
+        ("retire", "--force", "--thumbprint", second),
+        ("retire", "--force", "--thumbprint", first),
     ]
     environment = office.environment | {"HSM_TOKEN_CONFIG": str(office.config)}
     running = [

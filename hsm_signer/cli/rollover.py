@@ -12,11 +12,10 @@ from hsm_signer.cli import enrol, exits, options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of
 from hsm_signer.cli.key import destroy
 from hsm_signer.config import Settings
-from hsm_signer.errors import ConfigError, KeyNotFoundError, ProfileNotChangedError
+from hsm_signer.errors import ConfigError, HsmSignerError, KeyNotFoundError, ProfileNotChangedError
 from hsm_signer.hsm.uri import key_uri
 
 if TYPE_CHECKING:
-    from hsm_signer.hsm.token import Token
     from hsm_signer.oauth.response import TokenResponse
 
 app = typer.Typer()
@@ -184,7 +183,12 @@ def switch(
         terminal.result("\n".join(failed.lines))
         raise typer.Exit(exits.USAGE) from None  # a script must not go on to retire the key in use
     terminal.note(f"profile {profile} now uses the key {thumbprint}; the old key stays on the token")
-    terminal.note("when it is needed no more: hsm-token rollover retire")
+    if force:  # no word of retiring: the old key may be the only one that the server takes
+        terminal.note(
+            "the server was not asked for it: hsm-token fetch --force shows whether it takes this key"
+        )
+    else:
+        terminal.note("when it is needed no more: hsm-token rollover retire")
 
 
 @group.command()
@@ -230,39 +234,51 @@ def _agree_to_abandon(settings: Settings) -> None:
 
 
 @group.command()
-@options.configured(*options.TOKEN)
+@options.configured(*options.TOKEN, *options.OAUTH)
 def retire(
     settings: Settings,
     thumbprint: options.Thumbprint = None,
+    force: Annotated[bool, typer.Option("--force", help="Retire without asking the server first.")] = False,
     retry_pin: options.RetryPin = False,
 ) -> None:
-    """Destroy the old key and its certificates on the token. No profile may use it any more.
+    """Destroy the old key and its certificates on the token, if the server takes the key in use.
 
-    There is no way back.
+    No profile may use the old key any more. There is no way back.
 
     Example: hsm-token rollover retire --profile das
     """
-    path, _ = _profile(settings)
+    path, profile = _profile(settings)
     if thumbprint is not None:
         rollover.require_unused(path, thumbprint)
+    elif settings.previous_key is None:
+        raise ConfigError(
+            f"profile {profile} has no previous key",
+            hint="there is nothing to retire; another key that no profile uses: hsm-token key delete",
+        )
     elif not terminal.somebody_there():
         raise ConfigError("retiring a key needs its thumbprint", hint="use --thumbprint")
-    with assembly.open_token(settings, options.login(retry_pin)) as token:
+    login = options.login(retry_pin)
+    with assembly.open_token(settings, login) as token:
+        if not force:
+            _require_taken(settings, login)
         if thumbprint is None:
-            _show_previous(settings, token)
+            previous = rollover.previous(settings, token) or "not found on the token"
+            terminal.note(f"the previous key is {settings.previous_key}: {previous}")
+            terminal.note(f"what is destroyed on {token.info.label} is gone for ever")
             thumbprint = terminal.ask("type the thumbprint of the key that is to go")
         destroy(settings, token, thumbprint)
 
 
-def _show_previous(settings: Settings, token: "Token") -> None:
-    if settings.previous_key_thumbprint:
-        terminal.note(f"the previous key is {settings.previous_key}: {settings.previous_key_thumbprint}")
-    else:
-        terminal.note("the profile names no previous key; on the token are")
-        infos = token.keys()
-        for info in infos:
-            terminal.note(f"  {info.label}: {info.thumbprint}")
-    terminal.note(f"what is destroyed on {token.info.label} is gone for ever")
+def _require_taken(settings: Settings, login: "assembly.Login") -> None:
+    """Have the server take the key in use, before the one goes that it may know in its place."""
+    try:
+        client = assembly.token_client(settings, login, cached=False)
+        with terminal.working("asking the authorization server"):
+            client.fetch()
+    except HsmSignerError as failed:
+        nothing = "nothing is destroyed before the server takes the key in use; --force does not ask it"
+        failed.hint = "\n".join(filter(None, (failed.hint, nothing)))
+        raise
 
 
 def _profile(settings: Settings) -> tuple[Path, str]:
