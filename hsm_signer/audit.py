@@ -72,8 +72,9 @@ class Head:
 class Verdict:
     """What a walk along the chain found.
 
-    ``unanchored``: no head was given to compare with. ``torn``: how many lines crashes cut. ``open``: intents
-    without an outcome, of a process that ended in between or is not done yet. Neither is a finding.
+    ``unanchored``: no head was given to compare with. ``torn``: how many times there is what is no whole
+    line, as crashes leave it. ``open``: intents without an outcome, of a process that ended in between or is
+    not done yet. Neither is a finding.
     """
 
     head: Head
@@ -184,7 +185,9 @@ class AuditLog:
         head, torn, pending, scraps = Head(0, START), 0, set[int](), list[bytes]()
         anchored = expect in (None, head)
         with files.open_regular(self.path) as file:
-            for at, line in enumerate((each.removesuffix(b"\n") for each in file), 1):
+            at, is_open = 0, False
+            for at, read in enumerate(file, 1):
+                line, is_open = read.removesuffix(b"\n"), not read.endswith(b"\n")
                 record = _record(line)
                 if record is None:
                     scraps.append(line)
@@ -201,9 +204,12 @@ class AuditLog:
                     pending.remove(begun)
                 else:
                     findings.append(f"line {at} is the outcome of nothing that was begun")
+        foreign = _foreign(scraps[:-1] if is_open else scraps, head)
+        findings += [f"line {at - len(scraps) + index} is none of ours" for index in foreign]
         if not anchored:
             findings.append(f"no line is {expect}: lines were cut off, or this is another history")
-        return Verdict(head, tuple(findings), expect is None, torn + bool(scraps), tuple(sorted(pending)))
+        torn += len(scraps) > len(foreign)
+        return Verdict(head, tuple(findings), expect is None, torn, tuple(sorted(pending)))
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -307,6 +313,16 @@ def _last(descriptor: int) -> tuple[Head, list[bytes], bool]:
         raise UnsafeFileError("it does not end as a log of ours does", hint="name a file for it alone")
     last = Head(record["number"], _hash(lines[at])) if record else Head(0, START)
     return last, lines[at + 1 :], bool(tail) and not tail.endswith(b"\n")
+
+
+def _foreign(scraps: list[bytes], head: Head) -> list[int]:
+    """Which lines after the last whole one, from 1, no crash can have left, which leaves the beginning of the next."""
+    start = f'{{"number":{head.count + 1},"previous":"{head.hash}",'.encode()
+    return [
+        index
+        for index, scrap in enumerate(scraps, 1)
+        if not scrap or not start.startswith(scrap[: len(start)])
+    ]
 
 
 def _hash(*lines: bytes) -> str:

@@ -271,6 +271,31 @@ def test_a_crash_that_took_the_newline_alone_loses_no_line(audit_log):
     assert (verdict.findings, verdict.torn, verdict.head.count) == ((), 0, 8)
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"number":1}', b'{"number":7,"previous":"0', b"garbage", b"", b"\0"], ids=repr
+)
+def test_a_whole_line_at_the_end_that_is_none_of_ours_shows(audit_log, line):
+    head, whole = audit_log.head(), audit_log.path.read_bytes()
+    write(audit_log, whole, line, b"\n")
+    verdict = audit_log.verify(head)
+    assert (verdict.findings, verdict.torn) == (("line 7 is none of ours",), 0)
+    write(audit_log, whole, line, b'\n{"numb')
+    verdict = audit_log.verify(head)
+    assert (verdict.findings, verdict.torn) == (("line 7 is none of ours",), 1)
+    use(audit_log)  # its line tells of both
+    verdict = audit_log.verify(head)
+    assert (verdict.findings, verdict.torn) == ((), 1)
+
+
+def test_lines_of_ours_torn_one_after_the_other_are_no_finding(audit_log):
+    whole, last = audit_log.path.read_bytes(), lines(audit_log)[-1]
+    for length in (1, 11, 12, 90, 91, len(last) - 2):
+        for after in (b"\n", b"\n{", b"\n" + last[:100]):
+            write(audit_log, whole[: len(whole) - len(last) + length], after)
+            verdict = audit_log.verify()
+            assert (verdict.findings, verdict.torn, verdict.head.count) == ((), 1, 5)
+
+
 def test_what_a_torn_line_held_cannot_be_changed_later(audit_log):
     write(audit_log, audit_log.path.read_bytes()[:-30])
     use(audit_log)
@@ -307,7 +332,7 @@ def test_a_process_killed_between_the_lines_leaves_an_intent_that_is_told_and_no
     assert office.run("assertion").status == 0
     with (tmp_path / "audit.jsonl").open("a") as torn:
         torn.write('{"number":')
-    assert "lines torn by crashes: 1" in office.run("audit", "verify").lines
+    assert "pieces that are no whole lines, as crashes leave them: 1" in office.run("audit", "verify").lines
     told = office.run("audit", "verify", "--json")
     assert (told.json["open"], told.json["torn"], told.json["anchored"]) == ([1], 1, False)
     assert told.stderr == ""  # so a job gets mail for findings alone

@@ -312,6 +312,7 @@ TOGETHER = {  # texts that are put together from more than one place; a piece of
     "…: expected …, …": "expected {self.issuer!r}",
     "…: … is missing, …": " is missing",
     "audit log …: …": "audit log {log.path}: ",
+    "audit log …: line … is none of ours": "is none of ours",
     "the … is no JSON": '"is no JSON"',
     "the … is no UTF-8": '"is no UTF-8"',
     "the … is JSON, but no object": '"is JSON, but no object"',

@@ -72,7 +72,7 @@ def _tell(verdict: Verdict) -> None:
     if not verdict.findings:
         terminal.result(str(verdict.head))
     if verdict.torn:
-        terminal.remark(f"lines torn by crashes: {verdict.torn}")
+        terminal.remark(f"pieces that are no whole lines, as crashes leave them: {verdict.torn}")
     if verdict.open:
         numbers = ", ".join(map(str, verdict.open))
         terminal.remark(
