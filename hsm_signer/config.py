@@ -254,14 +254,21 @@ class Settings:
             if name == "issuer":
                 self.require("issuer")
             return endpoint
-        source = "token_endpoint" if self.token_endpoint else "issuer"
-        if self.origin(name) != self.origin(source) and _of_another_server(audience, endpoint):
+        if self.strays(name, endpoint):
+            source = "token_endpoint" if self.token_endpoint else "issuer"
             raise ConfigError(
                 f"audience {audience!r} (from {self.origin(name)}) is of another server than"
                 f" {endpoint!r} (from {self.origin(source)})",
                 hint="set both in one place: both as options, both in the environment, or both in the profile",
             )
         return str(audience)
+
+    def strays(self, name: str, endpoint: str) -> bool:
+        """Whether this setting is of another server than the token endpoint, and comes from another layer."""
+        source = "token_endpoint" if self.token_endpoint else "issuer"
+        return self.origin(name) != self.origin(source) and _of_another_server(
+            str(getattr(self, name)), endpoint
+        )
 
 
 def _of_another_server(audience: str, endpoint: str) -> bool:

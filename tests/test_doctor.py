@@ -63,6 +63,19 @@ def test_offline_no_connection_is_made(tls_office, tmp_path):
         assert heard
 
 
+def test_in_a_rehearsal_the_issuers_own_server_is_left_alone(tls_office, tmp_path):
+    heard: list[object] = []
+    with raw_server(None, heard.append) as port, Endpoint(None, Reply()) as endpoint:
+        issuer = f"https://127.0.0.1:{port}"
+        office = tls_office.copy(tmp_path).configure(token_endpoint=f"{issuer}/token", issuer=issuer)
+        rehearsal = {"HSM_TOKEN_TOKEN_ENDPOINT": endpoint.url, "HSM_TOKEN_AUDIENCE": endpoint.url}
+        found = findings(office.run("doctor", "--json", environment=rehearsal))
+        assert found["TCP"]["verdict"] == "ok"
+        assert found["discovery"]["verdict"] == "not checked"
+        assert "is of another server than the token endpoint" in found["discovery"]["evidence"]
+        assert heard == []
+
+
 def test_the_exit_status_is_of_the_first_failure_and_later_checks_are_made(tls_office, tmp_path):
     office = tls_office.copy(tmp_path).configure(key="none", certificate="none.pem", ca_bundle=None)
     done = office.run("doctor", "--login", "--json")

@@ -162,6 +162,11 @@ def discovery(x: Examination) -> Outcome:
     settings = x.settings
     if not settings.issuer:
         raise NotCheckedError("no issuer is set", 'issuer = "https://…" lets aud and keys be compared')
+    if settings.strays("issuer", x.server.text):  # a rehearsal: the issuer's own server is not to hear of it
+        raise NotCheckedError(
+            f"issuer {settings.issuer!r} (from {settings.origin('issuer')}) is of another server than"
+            f" the token endpoint (from {settings.origin('token_endpoint')})"
+        )
     known(x.reached, "TLS" if x.server.scheme == "https" else "TCP")
     named = filter(None, [settings.token_endpoint])
     x.metadata = discover(settings.issuer, x.transport, deadline=x.deadline, allowed=[*named])
