@@ -72,9 +72,9 @@ class Head:
 class Verdict:
     """What a walk along the chain found.
 
-    ``unanchored``: no head was given to compare with. ``torn``: how many times there is what is no whole
-    line, as crashes leave it. ``open``: intents without an outcome, of a process that ended in between or is
-    not done yet. Neither is a finding.
+    ``unanchored``: no head was given to compare with, or that of an empty log. ``torn``: how many times there
+    is what is no whole line, as crashes leave it. ``open``: intents without an outcome, of a process that ended
+    in between or is not done yet. Neither is a finding.
     """
 
     head: Head
@@ -209,7 +209,7 @@ class AuditLog:
         if not anchored:
             findings.append(f"no line is {expect}: lines were cut off, or this is another history")
         torn += len(scraps) > len(foreign)
-        return Verdict(head, tuple(findings), expect is None, torn, tuple(sorted(pending)))
+        return Verdict(head, tuple(findings), expect in (None, Head(0, START)), torn, tuple(sorted(pending)))
 
     @contextmanager
     def _locked(self) -> Iterator[int]:

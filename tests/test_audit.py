@@ -133,7 +133,7 @@ def test_a_log_that_was_left_alone_verifies_with_every_head_that_was_noted(audit
     hashes = [START, *(hashlib.sha256(each.rstrip(b"\n")).hexdigest() for each in lines(audit_log))]
     for count, each in enumerate(hashes):
         verdict = audit_log.verify(Head(count, each))
-        assert (verdict.findings, verdict.unanchored, verdict.torn, verdict.open) == ((), False, 0, ())
+        assert (verdict.findings, verdict.unanchored, verdict.torn, verdict.open) == ((), not count, 0, ())
         assert verdict.head == audit_log.head()
     assert audit_log.verify().unanchored
 
@@ -196,7 +196,7 @@ def test_moved_lines_show(audit_log):
 
 def forge(log: AuditLog, number: int, **facts: object) -> None:
     """Add a line whose hash fits."""
-    previous = hashlib.sha256(lines(log)[-1].rstrip(b"\n")).hexdigest()
+    previous = log.head().hash
     with log.path.open("a") as file:
         file.write(json.dumps({"number": number, "previous": previous} | facts) + "\n")
 
@@ -973,8 +973,21 @@ def test_verify_with_the_head_that_was_noted_finds_what_is_cut_off(
     done = office.run("audit", "verify", "--expect", noted, "--json")
     assert (done.status, done.json["anchored"], len(done.json["findings"])) == (8, True, 1)
     assert f"no line is {noted}" in done.stderr
-    write(log, lines(log)[1])
-    assert office.run("audit", "verify").status == 8
+    write(log, lines(log)[1], lines(log)[0])
+    done = office.run("audit", "verify")
+    assert (done.status, len(done.lines)) == (8, 3)
+    found = office.run("audit", "verify", "--json").json["findings"]
+    assert done.stderr.endswith(f": {found[0]}; and 2 more, which --json tells\n")
+    assert len(found) == 3
+    write(log)
+    for _ in range(11):
+        forge(log, log.head().count + 1, intent="proof")
+    assert office.run("audit", "verify").lines[0].endswith(": 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …")
+    write(log)
+    done = office.run("audit", "head")
+    assert (done.status, done.stdout) == (0, f"0:{START}\n")
+    assert "is empty: its head holds of every log" in done.lines[0]
+    assert "not anchored" in office.run("audit", "verify", "--expect", f"0:{START}").lines[0]
 
 
 def program(path: Path, text: str) -> None:

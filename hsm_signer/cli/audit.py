@@ -11,6 +11,8 @@ from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
 from hsm_signer.errors import ConfigError, VerificationError
 
+_SHOWN = 10  # numbers of lines
+
 app = typer.Typer()
 audit = typer.Typer(name="audit", help="The log of what the keys were used for.", no_args_is_help=True)
 app.add_typer(audit)
@@ -19,12 +21,14 @@ app.add_typer(audit)
 @audit.command()
 @options.configured("audit_log")
 def head(settings: Settings, as_json: options.Json = False) -> None:
-    """Print COUNT:HEAD, the number of the last line and its hash. Note it elsewhere.
+    """Print COUNT:HEAD, the number of the last line and its hash, as it stands there: verify checks it.
 
     Example: hsm-token audit head --profile das
     """
     with _log(settings) as log:
         found = log.head()
+    if not found.count:
+        terminal.remark(f"the audit log {log.path} is empty: its head holds of every log")
     terminal.json_result(found) if as_json else terminal.result(str(found))
 
 
@@ -64,7 +68,9 @@ def verify(
     else:
         _tell(verdict)
     if verdict.findings:
-        raise VerificationError(f"audit log {log.path}: {'; '.join(verdict.findings)}")
+        first, *more = verdict.findings
+        rest = f"; and {len(more)} more, which --json tells" if more else ""
+        raise VerificationError(f"audit log {log.path}: {first}{rest}")
 
 
 def _tell(verdict: Verdict) -> None:
@@ -74,7 +80,7 @@ def _tell(verdict: Verdict) -> None:
     if verdict.torn:
         terminal.remark(f"pieces that are no whole lines, as crashes leave them: {verdict.torn}")
     if verdict.open:
-        numbers = ", ".join(map(str, verdict.open))
+        numbers = ", ".join([*map(str, verdict.open[:_SHOWN]), *["…"] * (len(verdict.open) > _SHOWN)])
         terminal.remark(
             f"uses without an outcome, of a process that ended in between or is at work: {numbers}"
         )
