@@ -3,10 +3,12 @@
 A use has two lines. The *intent* is on the disk before the token is asked; a log that cannot be written stops
 it. The *outcome* names its intent by ``of``. Each line has its number and the SHA-256 of the line before::
 
-    {"number":1,"previous":"000…","time":"…","intent":"assertion","serial":"61c5…","key":"0LVn…","jti":"…",…}
-    {"number":2,"previous":"5f2c…","time":"…","of":1,"outcome":"signed","answer":"accepted",…}
+    {"number":1,"previous":"000…","time":"…","intent":"assertion","serial":"61c5…","jti":"…",…}
+    {"number":2,"previous":"5f2c…","time":"…","of":1,"outcome":"signed","key":"0LVn…",…}
 
-What a signature is for is read from the bytes that get signed, so nobody can call it something else. No line
+What a signature is for is read from the bytes that get signed, so nobody can call it something else. Anybody can
+plant a public half, so ``key`` names one in the intent only where a challenge has proved it, else in the outcome,
+once the signature has verified under it. No line
 holds a PIN, a signature, an assertion or an access token. Whoever can write the file can write another
 history; what they cannot do is keep the head that was noted elsewhere: see :meth:`AuditLog.verify`.
 """
@@ -126,13 +128,13 @@ class AuditLog:
             outcome["outcome"] = done
 
     @contextmanager
-    def signing(self, data: bytes, **facts: str | None) -> Iterator[None]:
+    def signing(self, data: bytes, **facts: str | None) -> Iterator[dict[str, object]]:
         """:meth:`use` for a signature over ``data``; an :meth:`errand` around it writes the outcome of an assertion."""
         described = _described(data) | facts
         endpoint, answer = _ERRAND.get() if described["intent"] == "assertion" else (None, None)
         with self._outcome() as outcome:
             outcome |= {"of": self._append(described | {"endpoint": endpoint}), "outcome": "failed"}
-            yield
+            yield outcome
             outcome["outcome"] = "signed"
             if answer is not None:
                 answer |= outcome

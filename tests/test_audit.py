@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from base64 import urlsafe_b64decode
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from faults import FaultyModule
 from manual import CHECKOUT, blocks
 from office import Office
 from software_signer import SoftwareSigner
+from stranger import plant
 
 from hsm_signer import ClientAssertion, TokenClient, open_token, x509
 from hsm_signer.audit import START, AuditLog, Head
@@ -29,7 +31,9 @@ from hsm_signer.errors import (
     AuditLogError,
     ConfigError,
     HsmSignerError,
+    KeyMismatchError,
     OAuthError,
+    SignatureInvalidError,
     UnsafeFileError,
 )
 from hsm_signer.files import private_directory
@@ -494,7 +498,7 @@ with open_token(uri, module=module, pin=sys.stdin.read(), audit=AuditLog(path)) 
     assert (verdict.findings, verdict.torn, verdict.open, verdict.head.count) == ((), 0, (), 400)
     signed = [each for each in records(path) if "intent" in each]
     assert {each["jti"] for each in signed} == {f"{one}-{two}" for one in range(8) for two in range(25)}
-    assert {each["key"] for each in signed} == {key.thumbprint}
+    assert {each["key"] for each in records(path) if "of" in each} == {key.thumbprint}
 
 
 # ---- syslog ----
@@ -594,11 +598,41 @@ def test_every_command_writes_two_lines_for_each_use_of_the_key(
         assert len(found) == 2 * len(told), command
         assert faulty.calls("C_Sign") == len([each for each in told if each != "proof"]), command
     uses = [each for each in records(log) if "intent" in each]
-    assert {each["key"] for each in uses} == {office.profile["key-thumbprint"]}
+    outcomes = {each["of"]: each for each in records(log) if "of" in each}
+    named = [(each | outcomes[each["number"]])["key"] for each in uses]
+    assert set(named) == {office.profile["key-thumbprint"]}
     assert {each["outcome"] for each in records(log) if "of" in each} == {"signed", "done"}
     assert len({each["serial"] for each in uses}) == 1
     verdict = AuditLog(log).verify()
     assert (verdict.findings, verdict.open) == ((), ())
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_planted_public_half_is_not_named_as_the_key_that_signed(new_token, tmp_path, verify):
+    soft, path = new_token(), tmp_path / "audit.jsonl"
+    generate = ["--keypairgen", "--key-type", "EC:prime256v1", "--usage-sign", "--label", "das", "--id", "01"]
+    soft.pkcs11_tool(*generate)  # with a public half that whoever has no PIN can remove
+    options = {"module": soft.module, "pin": soft.pin, "verify": verify, "audit": AuditLog(path)}
+    with open_token(soft.uri, **options) as token:
+        genuine = token.signer("das")
+        genuine.sign(b"cold")
+        kid = genuine.kid
+        genuine.sign(b"proved")
+    named = [("sha256" in each, each.get("key")) for each in records(path)]
+    cold = [(True, None), (False, kid if verify else None)]
+    assert named == [*cold, (True, None), (False, kid), (True, kid), (False, None)]
+    soft.pkcs11_tool("--delete-object", "--type", "pubkey", "--label", "das", login=False)
+    plant(soft, "das", b"\x01", tmp_path)
+    path.unlink()
+    with open_token(soft.uri, **options) as token:
+        signer = token.signer("das")
+        with pytest.raises(KeyMismatchError):
+            signer.kid  # noqa: B018  # it asks for a challenge
+        with pytest.raises(SignatureInvalidError) if verify else nullcontext():
+            signer.sign(b"data")
+    assert intents(path) == ["challenge", "other"]
+    assert not [each for each in records(path) if "key" in each]
+    assert all(each["object"] == "pkcs11:object=das;id=%01" for each in records(path) if "intent" in each)
 
 
 def test_keys_are_made_listed_and_deleted_with_two_lines_for_each_step(new_token, faulty, tmp_path):

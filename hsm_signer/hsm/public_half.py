@@ -92,26 +92,24 @@ def proved_point(lane: Lane, key: FoundKey, points: Iterable[bytes]) -> bytes | 
         return None
     challenge = _CHALLENGE_PREFIX + secrets.token_bytes(32)
     try:
-        with _audited(lane, key, candidates, challenge):
+        with _audited(lane, key, challenge) as outcome:
             signature = ecdsa.raw_from_device(keys.sign_es256(lane.login, key, challenge))
+            for point in candidates:
+                try:
+                    PublicKey(point).verify(signature, challenge)
+                except (SignatureError, KeyMismatchError):
+                    continue
+                outcome["key"] = thumbprint(ecdsa.jwk_from_point(point))
+                return point
     except SignatureError:
-        return None
-    for point in candidates:
-        try:
-            PublicKey(point).verify(signature, challenge)
-        except (SignatureError, KeyMismatchError):
-            continue
-        return point
+        pass
     return None
 
 
-def _audited(
-    lane: Lane, key: FoundKey, candidates: list[bytes], challenge: bytes
-) -> AbstractContextManager[None]:
+def _audited(lane: Lane, key: FoundKey, challenge: bytes) -> AbstractContextManager[dict[str, object]]:
     if lane.audit is None:
-        return nullcontext()
-    own = thumbprint(ecdsa.jwk_from_point(candidates[0])) if len(candidates) == 1 else None
-    return lane.audit.signing(challenge, serial=lane.login.info.serial, key=own, object=key.name)
+        return nullcontext({})
+    return lane.audit.signing(challenge, serial=lane.login.info.serial, object=key.name)
 
 
 def point_if_proved(lane: Lane, key: FoundKey) -> bytes | None:

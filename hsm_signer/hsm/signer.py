@@ -55,9 +55,12 @@ class HsmSigner:
         audit = self._sessions.audit
         if audit is None:
             return self._signed(data)
-        serial = self._sessions.login.info.serial
-        with audit.signing(data, serial=serial, key=self.verifies_under, object=self._name):
-            return self._signed(data)
+        serial, proved = self._sessions.login.info.serial, self.verifies_under if self._proved else None
+        with audit.signing(data, serial=serial, key=proved, object=self._name) as outcome:
+            signature = self._signed(data)
+            if proved is None and self._public_key is not None:
+                outcome["key"] = self.verifies_under  # which this signature has just shown
+            return signature
 
     def _signed(self, data: bytes) -> bytes:
         signature = ecdsa.raw_from_device(self._sessions.run(self._answer, self._what, data))
