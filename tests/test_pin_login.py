@@ -264,6 +264,31 @@ def test_each_signature_that_carries_the_pin_is_guarded(office: Office) -> None:
     assert office.logins() == 2
 
 
+WITH_A_TEXT = """
+import os, sys
+from hsm_signer import open_token
+from hsm_signer.errors import HsmSignerError
+
+uri, module = sys.argv[1:]
+with open_token(uri, module=module, pin=os.environ["TEST_PIN"]) as token:
+    try:
+        token.signer("each").sign(b"data")
+    except HsmSignerError as exc:
+        print(type(exc).__name__)
+"""
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_signature_whose_login_may_have_spent_a_try_is_not_tried_again(office: Office) -> None:
+    office.module.set("fail C_Login 2 CKR_GENERAL_ERROR")  # the first one is the user's
+    office.module.forget()
+    command = [sys.executable, "-c", WITH_A_TEXT, office.token.uri, office.module.path]
+    environment = os.environ | {"TEST_PIN": office.token.pin}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("PinRefusedError\n", "")
+    assert office.logins() == 2
+
+
 @pytest.mark.usefixtures("keys")
 def test_trouble_before_the_login_of_a_signature_leaves_no_marker(office: Office) -> None:
     office.module.set("fail C_SignInit 1 CKR_KEY_HANDLE_INVALID")

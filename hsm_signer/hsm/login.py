@@ -33,7 +33,7 @@ from hsm_signer.hsm.codes import FOREIGN, code_of, failure
 from hsm_signer.hsm.module import FoundToken, Module, TokenInfo, token_info, tokens
 from hsm_signer.hsm.pins import Secret, Source
 from hsm_signer.pin import PinPad
-from hsm_signer.pin_guard import Attempt
+from hsm_signer.pin_guard import UNSPENT, Attempt
 
 if TYPE_CHECKING:
     from hsm_signer.hsm.sessions import Lane
@@ -140,6 +140,11 @@ class Login:
                 attempt.failed(code_of(exc))  # C_SignInit comes before the login
                 if code_of(exc) in pins.OF_THE_PIN:
                     raise self._refused(exc, pin) from exc
+                if code_of(exc) not in UNSPENT:  # no step of recovery sends it again
+                    raise PinRefusedError(
+                        f"a signature that carries the PIN ended with {code_of(exc)}: a try may be spent",
+                        hint="see whether the token takes its PIN, at a prompt, and open it again",
+                    ) from exc
                 raise
             attempt.succeeded()
 
