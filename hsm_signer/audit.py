@@ -215,7 +215,7 @@ class AuditLog:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        with files.private_directory(self.path.parent, forbidden=files.UNTOUCHED) as directory:
+        with files.guarded_directory(self.path.parent) as directory:
             deadline = time.monotonic() + LOCK_WAIT
             while (lock := try_lock(directory, f"{self.path.name}.lock")) is None:
                 if time.monotonic() >= deadline:

@@ -127,11 +127,11 @@ def guarded(path: Path) -> Path:
     """Follow the links of a path and judge all that it passes; the path without links.
 
     Who can write a directory can put another file in the place of one that nobody can write. So each
-    directory from the root on, and each link, is ours or root's, and nobody else can write the directory.
-    Passed over are a sticky bit, which keeps what is ours in ``/tmp``; a mount that is read-only, as
-    Kubernetes has them with mode 0777; and the groups of :func:`_is_alone_in`. Root may work in a directory of a
-    user's, by ``sudo`` or in a container: what is used there has to be root's all the same. Raises
-    :class:`UnsafeFileError`.
+    directory from the root on, and each link, is ours or root's, and nobody else can write the directory,
+    by its mode or by an ACL. Passed over are a sticky bit, which keeps what is ours in ``/tmp``; a mount that is
+    read-only, as Kubernetes has them with mode 0777; and the groups of :func:`_is_alone_in`. Root may work in a
+    directory of a user's, by ``sudo`` or in a container: what is used there has to be root's all the same.
+    Raises :class:`UnsafeFileError`.
     """
     uid = _uid()
     if uid is None:
@@ -168,13 +168,17 @@ def _check_directory(path: str, found: os.stat_result, uid: int) -> None:
             return
         if uid:
             _check_owner(path, found, uid)
+        if found.st_mode & stat.S_ISVTX:
+            return
+        has_acl = found.st_mode & 0o020 and _has_acl(path)
         by_group = found.st_mode & 0o020 and not any(
             _is_alone_in(found.st_gid, user) for user in (uid, found.st_uid)
         )
-        if (by_group or found.st_mode & 0o002) and not found.st_mode & stat.S_ISVTX:
+        if has_acl or by_group or found.st_mode & 0o002:
             mode = stat.S_IMODE(found.st_mode)
             raise UnsafeFileError(
-                f"{path} has mode {mode:04o}: other users could put another file into it",
+                f"{path} has mode {mode:04o}{' and an ACL' * bool(has_acl)}: "
+                "other users could put another file into it",
                 hint=f"chmod {mode & ~UNTOUCHED:04o} {path}",
             )
 
@@ -184,10 +188,29 @@ def _check_owner(path: str | Path, found: os.stat_result, uid: int) -> None:
         raise UnsafeFileError(f"{path} belongs to user id {found.st_uid}, neither to us ({uid}) nor to root")
 
 
-def _is_alone_in(gid: int, uid: int) -> bool:
-    """Whether a group is root's (0), or has nobody in it but the user: one of that name, as distributions make.
+def _has_acl(path: str) -> bool:
+    """Whether a directory has a POSIX ACL; the mode's group bits are then what *any* user in it may have at most.
 
-    Where they do, new directories are writable by that group.
+    So ``chmod g-w`` takes the writing from all of them.
+    """
+    if not hasattr(os, "getxattr"):
+        return False
+    try:
+        os.getxattr(path, "system.posix_acl_access", follow_symlinks=False)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.ENOTSUP):
+            return False
+        raise
+    return True
+
+
+def _is_alone_in(gid: int, uid: int) -> bool:
+    """Whether a group is root's (0), or has nobody in it but the user.
+
+    That is one of the user's name, as distributions make, where new directories are writable by that group; or
+    one of ours without any name, as Kubernetes gives a volume (``fsGroup``). Not looked for are users whose
+    *primary* group it is: the only way is to list all users, which a directory service may take long over, or
+    refuse; whoever makes such a user means to share.
     """
     if gid == 0:
         return True
@@ -195,7 +218,11 @@ def _is_alone_in(gid: int, uid: int) -> bool:
     import pwd
 
     try:
-        group, name = grp.getgrgid(gid), pwd.getpwuid(uid).pw_name
+        group = grp.getgrgid(gid)
+    except KeyError:
+        return gid in (os.getegid(), *os.getgroups())
+    try:
+        name = pwd.getpwuid(uid).pw_name
     except KeyError:
         return False
     return group.gr_name == name and set(group.gr_mem) <= {name}
@@ -296,6 +323,20 @@ def private_directory(
         yield PrivateDirectory(path, descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def guarded_directory(path: Path, *, create: bool = True) -> Iterator[PrivateDirectory]:
+    """Open a directory as :func:`private_directory` does, where nobody else can write, or move it away.
+
+    For what must not be forgotten: that another user takes the name away from it is as if it was not there.
+    """
+    if create and not path.exists():
+        guarded(next(above for above in path.absolute().parents if above.exists()))  # before it is made there
+        _make(path)
+    there = guarded(path.parent) / path.name
+    with private_directory(there, forbidden=UNTOUCHED, create=False) as directory:
+        yield directory
 
 
 def sync_directory(path: Path) -> None:

@@ -134,9 +134,7 @@ class LoginGuard:
         path = self._path()
         try:
             with ExitStack() as held:
-                directory = held.enter_context(
-                    files.private_directory(path, forbidden=files.UNTOUCHED, create=False)
-                )
+                directory = held.enter_context(files.guarded_directory(path, create=False))
                 marker = _Marker(directory, name)
                 # With the lock it is of no login under way; for one that is, attempt() waits.
                 if marker.read() is not None and _lock(held, directory, name, CHECK_WAIT):
@@ -165,7 +163,7 @@ class LoginGuard:
     def _enter_unattended(self, held: ExitStack, name: str) -> Attempt:
         path = self._path()
         try:
-            directory = held.enter_context(files.private_directory(path, forbidden=files.UNTOUCHED))
+            directory = held.enter_context(files.guarded_directory(path))
             alone = _lock(held, directory, name, UNATTENDED_WAIT)
         except (OSError, UnsafeFileError) as exc:
             raise _no_state(path, exc) from exc
@@ -182,9 +180,7 @@ class LoginGuard:
         """A person logs in with or without a state directory; a marker goes if the login works."""
         path = self._path()
         try:
-            directory = held.enter_context(
-                files.private_directory(path, forbidden=files.UNTOUCHED, create=False)
-            )
+            directory = held.enter_context(files.guarded_directory(path, create=False))
             marker = _Marker(directory, name)
             if marker.read() is None:
                 return Attempt(None, source=None)
@@ -227,9 +223,7 @@ def in_turn(token_identity: str) -> Iterator[Attempt]:
     """
     with ExitStack() as held:
         with suppress(OSError, UnsafeFileError):
-            directory = held.enter_context(
-                files.private_directory(paths.state_directory(), forbidden=files.UNTOUCHED)
-            )
+            directory = held.enter_context(files.guarded_directory(paths.state_directory()))
             _lock(held, directory, _name(token_identity), UNATTENDED_WAIT)
         yield Attempt(None, source=None)
 

@@ -100,7 +100,7 @@ def exclusive(state_directory: Path) -> Iterator[None]:
 
 def _locked(state_directory: Path) -> HeldLock:
     deadline = time.monotonic() + LOCK_SECONDS
-    with files.private_directory(state_directory, forbidden=files.UNTOUCHED) as directory:
+    with files.guarded_directory(state_directory) as directory:
         while (held := try_lock(directory, "profiles.lock")) is None:
             if time.monotonic() > deadline:
                 raise ConfigError(

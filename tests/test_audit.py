@@ -359,7 +359,21 @@ def test_file_lock_and_directory_are_for_us_alone(audit_log):
 
 
 @pytest.mark.parametrize(
-    "spoilt", ["mode", "owner", "link", "dangling", "fifo", "directory", "its owner", "place", "foreign file"]
+    "spoilt",
+    [
+        *(
+            "mode",
+            "owner",
+            "link",
+            "dangling",
+            "fifo",
+            "directory",
+            "its owner",
+            "above",
+            "place",
+            "foreign file",
+        )
+    ],
 )
 def test_without_a_log_that_can_be_written_nothing_is_done(audit_log, tmp_path, spoilt):
     path = audit_log.path
@@ -378,6 +392,8 @@ def test_without_a_log_that_can_be_written_nothing_is_done(audit_log, tmp_path, 
             os.mkfifo(path, 0o600)
         case "directory":
             path.parent.chmod(0o777)
+        case "above":  # whoever can move the directory away begins a new log
+            path.parent.parent.chmod(0o777)
         case "its owner":
             os.chown(path.parent, NOBODY, NOBODY)
         case "foreign file":

@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -425,6 +426,26 @@ def test_a_directory_of_another_user_is_refused_but_for_root_who_may_work_there(
         files.guarded(theirs / "file")
 
 
+def test_a_directory_that_an_acl_opens_to_another_user_is_refused(deep: Path) -> None:
+    def entry(tag: int, mode: int, user: int = 0xFFFFFFFF) -> bytes:
+        return struct.pack("<HHI", tag, mode, user)
+
+    directory = deep.parent
+    for mode in (5, 7):  # of user 65534: acl(5), as the kernel keeps it
+        acl = entry(1, 7) + entry(2, mode, NOBODY) + entry(4, 5) + entry(0x10, mode) + entry(0x20, 5)
+        os.setxattr(directory, "system.posix_acl_access", struct.pack("<I", 2) + acl)
+        assert mode_of(directory) == 0o705 | mode << 3
+        if mode == 5:
+            assert files.guarded(deep) == deep
+    with pytest.raises(UnsafeFileError, match="mode 0775 and an ACL: other users could put") as caught:
+        files.guarded(deep)
+    subprocess.run(str(caught.value.hint).split(), check=True)
+    assert files.guarded(deep) == deep
+    os.removexattr(directory, "system.posix_acl_access")
+    directory.chmod(0o775)
+    assert files.guarded(deep) == deep  # root's own group
+
+
 GROUPS = """
 set -eu
 printf 'me:x:0:0::/:/bin/sh\n' > passwd
@@ -437,6 +458,7 @@ for gid in 0 4242 4243 4244 9999; do
 done
 printf 'me:x:4242:me,you\n' > group
 chgrp 4242 shared && "$@" with-you
+chgrp 9999 shared && setpriv --groups 9999 "$@" given-to-us
 chmod 0777 shared
 mount --bind shared shared && mount -o remount,ro,bind shared
 "$@" read-only
@@ -458,5 +480,5 @@ def test_groups_that_hold_nobody_else_and_mounts_that_nobody_writes_are_passed(t
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         *("0", "4242", "4243 refused 2755", "4244 refused 2755", "9999 refused 2755"),
-        *("with-you refused 2755", "read-only"),
+        *("with-you refused 2755", "given-to-us", "read-only"),
     ], done.stderr

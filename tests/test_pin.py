@@ -801,14 +801,28 @@ def test_no_unattended_login_without_a_state_directory_of_ours_that_we_can_write
     (shared / "read-only").mkdir(mode=0o500)
     (shared / "wide").mkdir()
     (shared / "link").symlink_to("read-only")
-    for name in ("read-only", "wide"):
+    (shared / "open" / "state").mkdir(parents=True, mode=0o700)
+    (shared / "open").chmod(0o777)
+    for name in ("read-only", "wide", "open/state"):
         os.chown(shared / name, NOBODY, NOBODY)
     (shared / "wide").chmod(0o777)
-    for name in ("file", "file/below", "theirs", "read-only", "wide", "link", "new/below"):
+    places = (
+        "file",
+        "file/below",
+        "theirs",
+        "read-only",
+        "wide",
+        "link",
+        "new/below",
+        "open/state",
+        "open/new",
+    )
+    for name in places:
         statements = LET_THROUGH.format(state=str(shared / name), check=check)
         told = run(program(statements, user=NOBODY), THE_PIN=PIN)
         assert told.startswith("PinRefusedError no unattended login without a state directory"), (name, told)
         assert "state-dir" in told
+    assert not (shared / "open" / "new").exists()
 
 
 def test_no_unattended_login_where_the_marker_cannot_be_written(shared: Path) -> None:

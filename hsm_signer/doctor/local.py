@@ -162,7 +162,7 @@ def pin_source(x: Examination) -> Outcome:
 def _check_state(directory: Path) -> None:
     """No unattended login without a directory for its marker."""
     try:
-        with files.private_directory(directory, forbidden=files.UNTOUCHED):
+        with files.guarded_directory(directory):
             writable = os.access(directory, os.W_OK)
     except (OSError, UnsafeFileError) as exc:
         raise PinRefusedError(
