@@ -17,7 +17,7 @@ def soft(new_token: Callable[..., SoftToken]) -> SoftToken:
     return new_token()
 
 
-def held(proof: Proof) -> dict[str, bool]:
+def held(proof: Proof) -> dict[str, bool | None]:
     return {probe.name: probe.held for probe in proof.probed}
 
 
@@ -120,4 +120,29 @@ def test_a_token_that_makes_no_wrapping_key_is_told_apart(soft: SoftToken, fault
         faulty.set("fail C_GenerateKey 0 CKR_MECHANISM_INVALID")
         proof = token.prove("no-aes")
     assert proof.ok
-    assert "no key to wrap with: CKR_MECHANISM_INVALID" in [probe.answer for probe in proof.probed]
+    assert held(proof)["wrap with an AES key"] is None
+    assert "not tried: no key to wrap with: CKR_MECHANISM_INVALID" in [probe.answer for probe in proof.probed]
+
+
+def test_attributes_are_tried_to_be_changed_in_a_session_that_could_change_them(soft: SoftToken) -> None:
+    with open_token(soft.uri, module=soft.module, pin=soft.pin) as token:
+        token.generate_key("writable")
+        proof = token.prove("writable")
+    tries = {probe.name: (probe.held, probe.answer) for probe in proof.probed}
+    assert tries["set CKA_SENSITIVE to False"] == (True, "CKR_ATTRIBUTE_READ_ONLY")
+    assert tries["set CKA_EXTRACTABLE to True"] == (True, "CKR_ATTRIBUTE_READ_ONLY")
+
+
+def test_a_change_that_no_session_allows_is_not_tried_and_counts_for_nothing(
+    soft: SoftToken, faulty: FaultyModule
+) -> None:
+    with open_token(soft.uri, module=faulty.path, pin=soft.pin) as token:
+        token.generate_key("read-only")
+        faulty.set("fail C_OpenSession 0 CKR_SESSION_COUNT")
+        proof = token.prove("read-only")
+        faulty.set("fail C_OpenSession 1 CKR_DEVICE_ERROR")
+        assert {probe.held for probe in token.prove("read-only").probed} == {True}
+    tries = {probe.name: (probe.held, probe.answer) for probe in proof.probed}
+    not_tried = (None, "not tried: no read-write session: CKR_SESSION_COUNT")
+    assert tries["set CKA_SENSITIVE to False"] == tries["set CKA_EXTRACTABLE to True"] == not_tried
+    assert proof.ok

@@ -103,9 +103,8 @@ def prove(settings: Settings, as_json: options.Json = False, retry_pin: options.
         terminal.json_result(proof.as_dict())
     else:
         rows = [("claimed", name, str(value).lower(), "") for name, value in proof.claimed.items()]
-        rows += [
-            ("probed", each.name, "held" if each.held else "FAILED", each.answer) for each in proof.probed
-        ]
+        results = {True: "held", False: "FAILED", None: "not tried"}
+        rows += [("probed", each.name, results[each.held], each.answer) for each in proof.probed]
         terminal.table(("", "what", "result", "the module's answer"), rows)
     if not proof.ok:
         raise KeyExportableError(proof.statement)

@@ -136,7 +136,7 @@ def _judge(key: FoundKey) -> None:
             hint="the token's policy or configuration decides that",
         )
     for name, (held, answer) in proof.weakenings(key):
-        if not held:
+        if held is False:
             raise KeyExportableError(f"{name} of key {key.name}: {answer}; the key was destroyed")
 
 

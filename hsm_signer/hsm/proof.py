@@ -1,7 +1,7 @@
 """Can this key leave its token? What the attributes claim, and what trying shows; never more than that."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from hsm_signer.hsm.codes import code_of
 from hsm_signer.hsm.keys import FoundKey, KeyInfo
 from hsm_signer.hsm.module import TokenInfo
 from hsm_signer.hsm.sessions import Lane
+
+_Outcome = tuple[bool | None, str]  # of a try: whether the key held, None where it was not tried; the answer
 
 NOT_AN_ATTESTATION = "as reported by the module, not an attestation"
 
@@ -50,10 +52,13 @@ _TROUBLE = frozenset(
 
 @dataclass(frozen=True)
 class Probe:
-    """One try to get at the private key. ``held``: it came to nothing. ``answer``: what the module said."""
+    """One try to get at the private key. ``answer``: what the module said.
+
+    ``held``: it came to nothing; ``None`` where the try could not be made, which shows nothing.
+    """
 
     name: str
-    held: bool
+    held: bool | None
     answer: str
 
 
@@ -80,7 +85,8 @@ class Proof:
 
     @property
     def probes_hold(self) -> bool:
-        return all(probe.held for probe in self.probed)
+        """No try that was made got at the key."""
+        return not any(probe.held is False for probe in self.probed)
 
     @property
     def hardware(self) -> bool:
@@ -88,7 +94,7 @@ class Proof:
 
     @property
     def ok(self) -> bool:
-        """The claims are those of a key that stays, and every try to get at it failed."""
+        """The claims are those of a key that stays, and every try that was made to get at it failed."""
         return self.claims_hold and self.probes_hold
 
     @property
@@ -142,28 +148,45 @@ def prove(lane: Lane, key: FoundKey, generated_now: set[bytes]) -> Proof:
             *(Probe(name, *outcome) for name, outcome in _copies(key)),
         ]
         if key.id in generated_now:
-            probes += [Probe(name, *outcome) for name, outcome in weakenings(key)]
+            probes += [Probe(name, *outcome) for name, outcome in _weakenings_where_writable(lane, key)]
     return Proof(info, lane.login.info, tuple(probes))
 
 
-def weakenings(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
+def _weakenings_where_writable(lane: Lane, key: FoundKey) -> list[tuple[str, _Outcome]]:
+    """:func:`weakenings` in a read-write session: that a session is read-only shows nothing about the key."""
+    with ExitStack() as held:
+        try:
+            session = held.enter_context(lane.login.writable())
+        except PKCS11Error as exc:
+            if code_of(exc) in _TROUBLE:
+                raise
+            answer = f"not tried: no read-write session: {code_of(exc) or exc}"
+            return [(_weakening(name, value=value), (None, answer)) for name, value in _WEAKENING.items()]
+        return list(weakenings(keys.find_key(session, key.uri, lane.login)))
+
+
+def weakenings(key: FoundKey) -> Iterator[tuple[str, _Outcome]]:
     """Change what must not change, look whether the key comes out then, and change it back.
 
     Some modules let it change because it means nothing to them: tpm2-pkcs11 keeps attributes in a database,
     and the key stays in the chip whatever they say. Only ever for a key that was generated just now.
     """
     for name, value in _WEAKENING.items():
-        yield f"set CKA_{name.upper()} to {value}", _weakened(key, keys.FLAGS[name], value=value)
+        yield _weakening(name, value=value), _weakened(key, keys.FLAGS[name], value=value)
 
 
-def _weakened(key: FoundKey, attribute: Attribute, *, value: bool) -> tuple[bool, str]:
+def _weakening(name: str, *, value: bool) -> str:
+    return f"set CKA_{name.upper()} to {value}"
+
+
+def _weakened(key: FoundKey, attribute: Attribute, *, value: bool) -> _Outcome:
     held, answer = _tried(partial(_changed, key, attribute, value=value))
     if held:
         return True, answer
     tries = [_read_value(key), *(outcome for _, outcome in _wrappings(key))]
     if not _changed(key, attribute, value=not value):
         return False, "it changed, and does not change back"
-    if all(held for held, _ in tries):
+    if not any(held is False for held, _ in tries):
         return True, "it changed, but the key did not come out, and it changed back"
     return False, "it changed, and the key came out"
 
@@ -173,7 +196,7 @@ def _changed(key: FoundKey, attribute: Attribute, *, value: bool) -> bool:
     return attributes.read(key.handle, [attribute]).get(attribute) is value
 
 
-def _tried(attempt: Callable[[], object]) -> tuple[bool, str]:
+def _tried(attempt: Callable[[], object]) -> _Outcome:
     """Whether the key held, and the answer; what comes out is dropped unseen."""
     try:
         came_out = attempt()
@@ -184,11 +207,11 @@ def _tried(attempt: Callable[[], object]) -> tuple[bool, str]:
     return (False, "succeeded") if came_out else (True, "nothing came out")
 
 
-def _read_value(key: FoundKey) -> tuple[bool, str]:
+def _read_value(key: FoundKey) -> _Outcome:
     return _tried(lambda: key.handle[Attribute.VALUE])
 
 
-def _wrappings(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
+def _wrappings(key: FoundKey) -> Iterator[tuple[str, _Outcome]]:
     """Wrap the key with an AES key of this session (``C_WrapKey``)."""
     try:
         with _wrapping_key(key.session) as wrapping_key:
@@ -198,7 +221,7 @@ def _wrappings(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
                 )
                 yield f"wrap with CKM_{mechanism.name}", _tried(wrap)
     except _NoWrappingKeyError as exc:
-        yield "wrap with an AES key", (True, f"no key to wrap with: {exc}")
+        yield "wrap with an AES key", (None, f"not tried: no key to wrap with: {exc}")
 
 
 class _NoWrappingKeyError(Exception):
@@ -223,7 +246,7 @@ def _wrapping_key(session: Any) -> Iterator[Any]:
             found.destroy()
 
 
-def _copies(key: FoundKey) -> Iterator[tuple[str, tuple[bool, str]]]:
+def _copies(key: FoundKey) -> Iterator[tuple[str, _Outcome]]:
     """Copy the key into this session with weaker attributes (``C_CopyObject``)."""
     for name, value in _WEAKENING.items():
         attempt = partial(_copied, key, name, value=value)
