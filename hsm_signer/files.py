@@ -74,6 +74,7 @@ def read_bytes(
     ) as file:
         content = file.read(max_size + 1)
     if len(content) > max_size:  # it grew, or it is a file whose size says nothing, as below /proc
+        del content  # which may be a secret: tracebacks may show what the frames hold
         raise UnsafeFileError(f"{path} holds more than the {max_size} bytes that are read")
     return content
 

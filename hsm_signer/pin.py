@@ -125,17 +125,22 @@ def _reader(kind: str, argument: str, prompt: Callable[[str], str] | None) -> tu
 
 
 def _checked(content: str | bytes, name: str) -> str:
-    """Drop one trailing newline and refuse what can be no PIN: sent, it would cost a try."""
+    """Drop one trailing newline and refuse what can be no PIN: sent, it would cost a try.
+
+    Who holds the PIN lets go of it before an error is raised: tracebacks may show what the frames hold.
+    """
     try:
         pin = content.decode() if isinstance(content, bytes) else content.encode().decode()
     except UnicodeError:
         pin = None
+    del content
     if pin is None:  # raised out here, because the exception above carries the PIN
         raise PinRefusedError(f"what {name} gives is not UTF-8 text, so it is no PIN")
     pin = pin.removesuffix("\n").removesuffix("\r")
     if not pin:
         raise PinRefusedError(f"{name} gives an empty PIN; some tokens count that as a wrong one")
     if pin.startswith("\ufeff") or any(ord(character) < 0x20 or character == "\x7f" for character in pin):
+        del pin
         raise PinRefusedError(
             f"what {name} gives has control characters or several lines, so it is no PIN",
             hint="the PIN alone is wanted, with at most one newline after it, and no byte order mark",
@@ -226,14 +231,16 @@ def _from_command(words: list[str]) -> bytes:
     finally:
         os.close(writer)
     output, status = _collect(process, reader)
-    if len(output) > MAX_SIZE:
+    size = len(output)
+    if size <= MAX_SIZE and status == 0:
+        return output
+    del output
+    if size > MAX_SIZE:
         raise PinRefusedError(f"the PIN command {name} prints more than {MAX_SIZE} bytes")
     if status is None:
         raise PinRefusedError(f"the PIN command {name} has not ended within {COMMAND_SECONDS:.0f} seconds")
-    if status != 0:
-        how = f"with status {status}" if status > 0 else f"by signal {-status}"
-        raise PinRefusedError(f"the PIN command {name} ended {how}")
-    return output
+    how = f"with status {status}" if status > 0 else f"by signal {-status}"
+    raise PinRefusedError(f"the PIN command {name} ended {how}")
 
 
 def _collect(process: subprocess.Popen[bytes], reader: int) -> tuple[bytes, int | None]:

@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -109,6 +110,41 @@ def test_one_trailing_newline_is_dropped_and_nothing_else(pin_file: Path, conten
 def test_what_can_be_no_pin_is_refused_before_the_token_counts_it(pin_file: Path, content: bytes) -> None:
     pin_file.write_bytes(content)
     assert isinstance(refusal(f"file:{pin_file}"), PinRefusedError)
+
+
+@pytest.mark.parametrize("after", ["\n# the PIN\n", "\x01", "\xff"])
+@pytest.mark.parametrize("kind", ["file", "env", "prompt"])
+def test_no_frame_of_an_error_holds_what_is_no_pin(
+    pin_file: Path, kind: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin_file.write_bytes(PIN.encode() + after.encode("latin-1"))
+    if kind == "env":
+        monkeypatch.setenv("SOME_PIN", os.fsdecode(pin_file.read_bytes()))
+    text = {"file": f"file:{pin_file}", "env": "env:SOME_PIN", "prompt": "prompt"}[kind]
+    no_frame_holds_the_pin(text, lambda shown: os.fsdecode(pin_file.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("sh -c 'cat {0}; exit 3'", "sh -c 'cat {0}; kill -9 $$'", "sh -c 'yes $(cat {0})'"),
+        "sh -c 'cat {0}; sleep 9'",
+    ],
+)
+def test_no_frame_of_an_error_holds_what_a_command_printed(
+    pin_file: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hsm_signer.pin.COMMAND_SECONDS", 1.0)
+    no_frame_holds_the_pin(f"command:{command.format(pin_file)}")
+
+
+def no_frame_holds_the_pin(text: str, prompt: Callable[[str], str] | None = None) -> None:
+    """A source's error, with the local variables of all that raised it, as a reporter of crashes keeps it."""
+    with pytest.raises(PinRefusedError) as caught:
+        source(text, prompt=prompt)()
+    report = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "status = " in report or "name = " in report, "no locals are shown"
+    assert PIN not in report
 
 
 # --- prompt
