@@ -5,6 +5,7 @@ one: a regular file of ours or root's that nobody else can write or replace, and
 directory.
 """
 
+import logging
 import os
 import re
 import tomllib
@@ -15,6 +16,8 @@ from typing import Any
 
 from hsm_signer import files, paths, toml, url
 from hsm_signer.errors import ConfigError, ModuleError
+
+_log = logging.getLogger(__name__)
 
 WIPO = "https://www5.wipo.int/am/oauth2"
 WIPO_TEST = "https://logindev.wipo.int:443/am/oauth2"
@@ -214,6 +217,7 @@ class Settings:
 
     config: Path | None = None
     profile: str | None = None
+    not_chosen: tuple[str, ...] = ()  # the profiles of the file where none was named
     profile_key: str | None = None  # what key-thumbprint and certificate belong to, whatever key is in use
     origins: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -230,17 +234,12 @@ class Settings:
         for name in names:
             if getattr(self, name) is None:
                 hyphened = name.replace("_", "-")
-                raise ConfigError(
-                    f"no {hyphened} given",
-                    hint=f"use --{hyphened}, {variable(name)}, or {hyphened} in a profile{self._profile_hint()}",
-                )
-
-    def _profile_hint(self) -> str:
-        if self.profile:
-            return ""
-        if not self.config:
-            return "; hsm-token config init writes one"
-        return f"; {self.config} has profiles: choose one with --profile"
+                hint = f"use --{hyphened}, {variable(name)}, or {hyphened} in a profile"
+                if not self.profile:
+                    hint += "; hsm-token config init writes one"
+                if self.not_chosen:
+                    hint = f"choose a profile with --profile: {', '.join(self.not_chosen)}"
+                raise ConfigError(f"no {hyphened} given", hint=hint)
 
     def audience_for(self, endpoint: str) -> str:
         """The ``aud`` for a token endpoint; :class:`ConfigError` where it could name another server.
@@ -306,6 +305,7 @@ def load(options: Mapping[str, object], environ: Mapping[str, str] = os.environ)
                     name, value, f"profile {profile} in {path}" if given is table else layer
                 )
                 origins[name] = layer
+    _warn_of_others(environ, values.get("pin_source"))
     for hyphened, value in PRESETS.get(values.get("preset", ""), {}).items():
         name = hyphened.replace("-", "_")
         origins.setdefault(name, "preset")
@@ -314,6 +314,7 @@ def load(options: Mapping[str, object], environ: Mapping[str, str] = os.environ)
         **values,
         config=path if document else None,
         profile=profile,
+        not_chosen=() if profile else tuple(document.get("profiles", ())),
         profile_key=str(table["key"]) if "key" in table else None,
         origins=origins,
     )
@@ -329,6 +330,7 @@ def given_values(
     taken = [
         variable(name) for name, given in options.items() if given is None and from_environment.get(name)
     ]
+    _warn_of_others(environ, values.get("pin_source"))
     return values, taken
 
 
@@ -357,6 +359,18 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[variable(name)] for name in optional if environ.get(variable(name))}
 
 
+def _warn_of_others(environ: Mapping[str, str], pin_source: object) -> None:
+    """A variable with a slip in its name is read by nobody, and nobody would notice."""
+    read = {variable(name) for name, each in SETTINGS.items() if each.metadata["option"]}
+    read |= {variable(name) for name in ("config", "profile", "pin")}
+    for name in environ:
+        if name.startswith(variable("")) and name not in read and pin_source != f"env:{name}":
+            import difflib
+
+            near = difflib.get_close_matches(name, sorted(read), n=1)
+            _log.warning("%s is not read%s", name, f": did you mean {near[0]}?" if near else "")
+
+
 def _parsed(name: str, value: object, source: str) -> object:
     try:
         return SETTINGS[name].metadata["parse"](value)
@@ -366,11 +380,14 @@ def _parsed(name: str, value: object, source: str) -> object:
         raise ConfigError(f"{name.replace('_', '-')} ({source}): {wrong}", hint=wrong.hint) from None
 
 
-def _document(named: object) -> tuple[Path, Mapping[str, object]]:
-    path = Path(str(named)).absolute() if named else paths.config_file()
+def _document(named: object) -> tuple[Path | None, Mapping[str, Any]]:
     try:
-        if not named and not path.exists():  # where no file is, none was put there either
-            return path, {}
+        path = Path(str(named)).absolute() if named else paths.config_file()
+    except OSError as hidden:
+        raise ConfigError(f"cannot read {hidden.filename}: {hidden.strerror}") from None
+    if path is None:
+        return None, {}
+    try:
         text = files.read_bytes(files.guarded(path), max_size=toml.MAX_SIZE, forbidden=files.UNTOUCHED)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}", hint="hsm-token config init writes one") from None
@@ -384,8 +401,15 @@ def _document(named: object) -> tuple[Path, Mapping[str, object]]:
 
 
 def _profile(
-    path: Path, document: Mapping[str, object], wanted: str | None
+    path: Path | None, document: Mapping[str, object], wanted: str | None
 ) -> tuple[str | None, dict[str, object]]:
+    if path is None:
+        if wanted is None:
+            return None, {}
+        raise ConfigError(
+            f"no profile {wanted!r}, since there is no configuration file",
+            hint=f"looked for {' and '.join(map(str, paths.config_files()))}; name another one with --config",
+        )
     unknown = next((name for name in document if name != "profiles"), None)
     if unknown:
         raise ConfigError(

@@ -14,10 +14,14 @@ def user_config_file() -> Path:
     return _of_the_user("config") / "config.toml"
 
 
-def config_file() -> Path:
-    """The configuration file when none is named: the user's, else the machine's."""
-    user = user_config_file()
-    return user if user.exists() else Path("/etc") / APP / "config.toml"
+def config_files() -> tuple[Path, Path]:
+    """Where a configuration file is looked for when none is named: the user's, then the machine's."""
+    return user_config_file(), Path("/etc") / APP / "config.toml"
+
+
+def config_file() -> Path | None:
+    """The first of them that is there."""
+    return next((path for path in config_files() if path.exists()), None)
 
 
 def state_directory() -> Path:

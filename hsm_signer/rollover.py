@@ -142,6 +142,18 @@ def fetch_or_next(fetch: Callable[[], T], fetch_next: Callable[[], T]) -> T:
         return response
 
 
+def name_the_next(settings: Settings, refused: OAuthError) -> None:
+    """Hint at the next key first, where there is one and the server refuses the one in use."""
+    if settings.next_key and _refuses_the_key(refused):
+        refused.hint = "\n".join(
+            [
+                "this profile has a next key, which the operator may have registered: try hsm-token fetch --or-next,"
+                " or hsm-token rollover try",
+                *(refused.hint or "").splitlines(),
+            ]
+        )
+
+
 def _refuses_the_key(refused: OAuthError) -> bool:
     return refused.error == "invalid_client" or (refused.error is None and refused.status in (401, 403))
 

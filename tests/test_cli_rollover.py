@@ -364,6 +364,18 @@ def test_or_next_without_a_next_key_is_a_fetch(rollover: Rollover) -> None:
     assert (refused.status, refused.stdout) == (6, "")
 
 
+@pytest.mark.parametrize("command", ["fetch --no-cache", "doctor --login"])
+def test_where_the_key_in_use_is_refused_the_next_one_is_the_first_hint(
+    rollover: Rollover, command: str
+) -> None:
+    rollover.prepared()
+    rollover.register("next")
+    refused = rollover.run(*command.split())
+    assert refused.status == 6
+    said = refused.stdout + refused.stderr
+    assert said.index("this profile has a next key") < said.index("1. the certificate of the key")
+
+
 def test_a_next_key_that_is_refused_too_leaves_the_first_refusal_with_both_told(rollover: Rollover) -> None:
     rollover.prepared()
     rollover.registered.write_bytes(b"")

@@ -327,3 +327,39 @@ def test_a_configuration_may_be_reached_through_a_link(written, tmp_path):
     link.symlink_to(tmp_path / "config.toml")
     assert load({"config": str(link)}).scope == "x"
     assert Path(link).is_symlink()
+
+
+def test_of_several_profiles_one_is_to_be_chosen(written):
+    settings = load(written('[profiles.das-test]\nkey = "a"\n[profiles.das]\nkey = "b"\n'))
+    with pytest.raises(ConfigError, match="no client-id given") as failed:
+        settings.require("client_id")
+    assert failed.value.hint == "choose a profile with --profile: das-test, das"
+
+
+def test_where_no_file_is_the_places_that_were_looked_at_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="no profile 'das', since there is no configuration file") as failed:
+        load({"profile": "das"})
+    assert f"{tmp_path}/hsm-token/config.toml and /etc/hsm-token/config.toml" in str(failed.value.hint)
+
+
+def test_a_place_that_cannot_be_looked_at_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ("x" * 300)))
+    with pytest.raises(ConfigError, match=r"cannot read .*config\.toml: File name too long"):
+        load({})
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("HSM_TOKEN_AUDINCE", ["HSM_TOKEN_AUDINCE is not read: did you mean HSM_TOKEN_AUDIENCE?"]),
+        ("HSM_TOKEN_QQQQQQQQQQQQQQQQQQQQQQQ", ["HSM_TOKEN_QQQQQQQQQQQQQQQQQQQQQQQ is not read"]),
+        ("HSM_TOKEN_OFFICE", []),
+        ("HSM_TOKEN_PIN", []),
+        ("HSM_TOKEN_PROFILE", []),
+    ],
+)
+def test_a_variable_that_nobody_reads_is_told_and_its_value_is_not(caplog, written, name, told):
+    options = written('[profiles.canary]\npin-source = "env:HSM_TOKEN_OFFICE"\n')
+    load(options, {name: "canary"})
+    assert [record.getMessage() for record in caplog.records] == told

@@ -13,6 +13,7 @@ import typer
 from hsm_signer import assembly
 from hsm_signer.cli import options, terminal
 from hsm_signer.config import Settings
+from hsm_signer.errors import OAuthError
 
 if TYPE_CHECKING:
     from hsm_signer.oauth.response import TokenResponse
@@ -64,7 +65,13 @@ def fetch(
 
     def ask(settings: Settings) -> "TokenResponse":
         client = assembly.token_client(settings, options.login(retry_pin), cached=not no_cache)
-        return client.fetch(min_validity=min_validity, force=force)
+        try:
+            return client.fetch(min_validity=min_validity, force=force)
+        except OAuthError as refused:
+            from hsm_signer import rollover
+
+            rollover.name_the_next(settings, refused)
+            raise
 
     if settings.token_endpoint is None:
         assembly.judge(settings)  # before a server is asked where the endpoint is

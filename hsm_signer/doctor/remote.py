@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from hsm_signer import assembly
+from hsm_signer import assembly, rollover
 from hsm_signer.assertion import MAX_CLOCK_OFFSET, MAX_LIFETIME
 from hsm_signer.doctor.examination import Examination, known
 from hsm_signer.doctor.finding import NotCheckedError, Outcome, ok, warning
@@ -219,6 +219,7 @@ def token_request(x: Examination) -> Outcome:
     try:
         x.response = assembly.token_client(settings, x.login, cached=False).fetch(force=True)
     except OAuthError as refused:
+        rollover.name_the_next(settings, refused)
         if x.differing_audience:
             differs = f"aud differs from what the server publishes: {x.differing_audience}"
             refused.hint = "\n".join([differs, *(refused.hint or "").splitlines()])
