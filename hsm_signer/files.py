@@ -42,12 +42,13 @@ def open_regular(
     """Open a regular file of ours or root's for reading.
 
     ``forbidden``: mode bits that it must not have; ``forbidden_to_root`` replaces them where the file is
-    root's. ``max_size``: bytes. The caller closes the file.
+    root's. ``max_size``: bytes. ``dir_fd``: of its directory, here and below; then the path is for texts.
+    The caller closes the file.
     """
     if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
         raise UnsafeFileError(f"{path} is a link, not a regular file")
     try:
-        descriptor = os.open(path, _READ, dir_fd=dir_fd)
+        descriptor = os.open(_at(path, dir_fd), _READ, dir_fd=dir_fd)
     except OSError as exc:
         raise _judged(path, exc, stat.S_ISREG, "a regular file", dir_fd) from None
     try:
@@ -83,7 +84,7 @@ def create(
     path: Path, content: bytes, *, mode: int = 0o600, group: int | None = None, dir_fd: int | None = None
 ) -> None:
     """Write a file that must not exist yet, and sync it; ``FileExistsError`` where anything has that name."""
-    descriptor = os.open(path, _CREATE, 0o600, dir_fd=dir_fd)
+    descriptor = os.open(_at(path, dir_fd), _CREATE, 0o600, dir_fd=dir_fd)
     try:
         with os.fdopen(descriptor, "wb") as file:
             if group is not None and hasattr(os, "fchown"):
@@ -94,7 +95,7 @@ def create(
             file.flush()
             os.fsync(descriptor)
     except BaseException:
-        os.unlink(path, dir_fd=dir_fd)
+        os.unlink(_at(path, dir_fd), dir_fd=dir_fd)
         raise
 
 
@@ -108,15 +109,15 @@ def replace(path: Path, content: bytes, *, mode: int | None = None, dir_fd: int 
     if mode is None:
         mode = 0o600
         with suppress(OSError):
-            found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+            found = os.stat(_at(path, dir_fd), dir_fd=dir_fd, follow_symlinks=False)
             if stat.S_ISREG(found.st_mode):
                 mode, group = stat.S_IMODE(found.st_mode) & 0o777, found.st_gid
     fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     create(fresh, content, mode=mode, group=group, dir_fd=dir_fd)
     try:
-        os.replace(fresh, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        os.replace(_at(fresh, dir_fd), _at(path, dir_fd), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:
-        os.unlink(fresh, dir_fd=dir_fd)
+        os.unlink(_at(fresh, dir_fd), dir_fd=dir_fd)
         raise
     if dir_fd is None:
         sync_directory(path.parent)
@@ -239,13 +240,10 @@ class PrivateDirectory:
     def __repr__(self) -> str:
         return f"PrivateDirectory({str(self.path)!r})"
 
-    def _name(self, name: str) -> Path:
-        return self.path / name if self._descriptor is None else Path(name)
-
     def exists(self, name: str) -> bool:
         """Whether anything has this name, a dangling link too."""
         try:
-            os.stat(self._name(name), dir_fd=self._descriptor, follow_symlinks=False)
+            os.stat(self._at(name), dir_fd=self._descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -257,26 +255,26 @@ class PrivateDirectory:
 
     def read_bytes(self, name: str, *, max_size: int, forbidden: int = PRIVATE) -> bytes:
         """Read a file of ours or root's, judged as in :func:`open_regular`."""
-        return read_bytes(self._name(name), max_size=max_size, forbidden=forbidden, dir_fd=self._descriptor)
+        return read_bytes(self.path / name, max_size=max_size, forbidden=forbidden, dir_fd=self._descriptor)
 
     def create(self, name: str, content: bytes, *, mode: int = 0o600) -> None:
         """Write a file that must not exist yet, and sync it together with its name."""
-        create(self._name(name), content, mode=mode, dir_fd=self._descriptor)
+        create(self.path / name, content, mode=mode, dir_fd=self._descriptor)
         self._sync()
 
     def replace(self, name: str, content: bytes, *, mode: int = 0o600) -> None:
         """Put a file of this mode in the place of ``name`` in one step."""
-        replace(self._name(name), content, mode=mode, dir_fd=self._descriptor)
+        replace(self.path / name, content, mode=mode, dir_fd=self._descriptor)
 
     def open_to_change(self, name: str, *, append: bool = False) -> int:
         """Open a file of ours to lock it or write into it, made where it is missing.
 
         ``append``: whatever is written goes to its end. The caller closes the descriptor.
         """
-        path = self._name(name)
+        path = self.path / name
         flags = _CHANGE | (os.O_APPEND if append else 0)
         try:
-            descriptor = os.open(path, flags, 0o600, dir_fd=self._descriptor)
+            descriptor = os.open(self._at(name), flags, 0o600, dir_fd=self._descriptor)
         except OSError as exc:
             raise _judged(path, exc, stat.S_ISREG, "a regular file", self._descriptor) from None
         try:
@@ -291,8 +289,11 @@ class PrivateDirectory:
     def remove(self, name: str) -> None:
         """Remove a file; nothing where there is none."""
         with suppress(FileNotFoundError):
-            os.unlink(self._name(name), dir_fd=self._descriptor)
+            os.unlink(self._at(name), dir_fd=self._descriptor)
             self._sync()
+
+    def _at(self, name: str) -> Path | str:
+        return _at(self.path / name, self._descriptor)
 
     def _sync(self) -> None:
         if self._descriptor is not None:
@@ -350,6 +351,11 @@ def sync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def _at(path: Path, dir_fd: int | None) -> Path | str:
+    """What to open it by: in a directory that is held open, its name."""
+    return path if dir_fd is None else path.name
+
+
 def _make(path: Path) -> None:
     if not path.exists():
         _make(path.parent)
@@ -386,7 +392,7 @@ def _judged(
 ) -> OSError | UnsafeFileError:
     """Name what it is that O_NOFOLLOW or O_DIRECTORY refused, or that cannot be opened at all (a socket)."""
     try:
-        mode = os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode
+        mode = os.stat(_at(path, dir_fd), dir_fd=dir_fd, follow_symlinks=False).st_mode
     except OSError:
         return exc
     return exc if is_sought(mode) else UnsafeFileError(f"{path} is {_kind(mode)}, not {sought}")

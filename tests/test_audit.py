@@ -781,7 +781,7 @@ def test_a_log_that_cannot_be_opened_stops_a_command_before_the_token_is(
     assert (done.status, done.stdout) == (2, "")
     assert [line for line in done.lines if line.startswith("error: ")] == [
         f"error: the key is not used, since the audit log {tmp_path}/audit.jsonl cannot be written: "
-        "audit.jsonl is a link, not a regular file"
+        f"{tmp_path}/audit.jsonl is a link, not a regular file"
     ]
     assert (faulty.calls("C_Login"), faulty.calls("C_Sign")) == (0, 0)
     assert not (tmp_path / "elsewhere").exists()

@@ -222,6 +222,20 @@ def test_replacing_keeps_the_mode_and_leaves_nothing_behind(secret: Path, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"secret", "fresh"}
 
 
+def test_in_a_private_directory_whatever_is_wrong_is_told_with_the_whole_path(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch(mode=0o600)
+    (tmp_path / "link").symlink_to("file")
+    path.chmod(0o644)
+    with files.private_directory(tmp_path, forbidden=files.UNTOUCHED) as directory:
+        for use in (directory.open_to_change, lambda name: directory.read_bytes(name, max_size=9)):
+            with pytest.raises(UnsafeFileError, match=f"^{path} has mode 0644") as caught:
+                use("file")
+            assert caught.value.hint == f"chmod 0600 {path}"
+            with pytest.raises(UnsafeFileError, match=f"^{tmp_path}/link is a link"):
+                use("link")
+
+
 def test_in_a_private_directory_a_replacement_is_private_whatever_was_there(tmp_path: Path) -> None:
     with files.private_directory(tmp_path / "d") as directory:
         directory.create("name", b"old", mode=0o644)
