@@ -120,7 +120,8 @@ class AuditLog:
     def use(self, intent: str, *, done: str, **facts: str | None) -> Iterator[dict[str, object]]:
         """Write the intent, and after the block the outcome: ``done``, or ``failed`` with the error's class.
 
-        The block may put more into the outcome. Raises :class:`AuditLogError`, before the block too.
+        It is ``unknown`` where Ctrl-C or an exit interrupted the block: the token may have done it. The block
+        may put more into the outcome. Raises :class:`AuditLogError`, before the block too.
         """
         with self._outcome() as outcome:
             outcome |= {"of": self._append({"intent": intent, **facts}), "outcome": "failed"}
@@ -160,6 +161,8 @@ class AuditLog:
         try:
             yield outcome
         except BaseException as exc:
+            if outcome.get("outcome") == "failed" and not isinstance(exc, Exception):
+                outcome["outcome"] = "unknown"
             code = getattr(exc, "code", None)
             told = {"error": type(exc).__name__, "code": code if isinstance(code, str) else None}
             if "of" in outcome:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -117,6 +118,31 @@ def test_the_intent_is_on_the_disk_before_the_block_and_the_error_in_the_outcome
     assert (outcome["of"], outcome["outcome"], outcome["error"]) == (7, "failed", "KeyError")
     assert "secret" not in audit_log.path.read_text()
     assert synced[-1] == audit_log.path.stat().st_size
+
+
+@pytest.mark.parametrize("function", ["C_Sign", "C_GenerateKeyPair", "C_DestroyObject"])
+def test_what_ctrl_c_interrupted_is_not_said_to_have_failed(new_token, faulty, tmp_path, function):
+    soft, path = new_token(), tmp_path / "audit.jsonl"
+    with open_token(soft.uri, module=faulty.path, pin=soft.pin, audit=AuditLog(path)) as token:
+        key = token.generate_key("das")
+        signer = token.signer("das")
+        before = len(records(path))
+        faulty.set(f"delay {function} 400")
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            match function:
+                case "C_Sign":
+                    signer.sign(b"data")
+                case "C_GenerateKeyPair":
+                    token.generate_key("other")
+                case "C_DestroyObject":
+                    token.delete_key("das")
+        faulty.set()
+        outcome = records(path)[-1]
+        assert (outcome["outcome"], outcome["error"]) == ("unknown", "KeyboardInterrupt")
+        assert [each.get("outcome") for each in records(path)[before:-1]] in ([None], [None, "signed", None])
+        left = token.keys()
+        assert [each.id for each in left] == ([] if function == "C_DestroyObject" else [key.id])
 
 
 def test_head_is_the_count_and_the_hash_of_the_last_line(audit_log):
