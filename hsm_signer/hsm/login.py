@@ -99,9 +99,10 @@ class Login:
         """Log in unless somebody has; ``info``: the token's flags as just read."""
         if self.authenticated or pin is None or "LOGIN_REQUIRED" not in info.flags:
             return
-        if self._logged_in_by_others():
+        with self.module.lock:
+            self._foreign = self._logged_in_by_others()
+        if self._foreign:
             log.info("token %s: logged in by another part of this process", info.label)
-            self._foreign = True
             return
         pins.judge_flags(info, allow_final_try=allow_final_try)
         text = pins.fetch(pin, info)  # no lock is held while a person is asked
