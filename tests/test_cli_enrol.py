@@ -1,6 +1,7 @@
 """``hsm-token enroll`` as a process: the folder, the profile, and what is asked of a person."""
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,22 @@ def test_a_key_that_is_there_is_taken_and_its_certificate_renewed(office: Office
     ]
     assert certificates[0].serial_number != certificates[1].serial_number
     assert (certificates[1].not_valid_after_utc - certificates[1].not_valid_before_utc).days == 99
+
+
+def test_a_certificate_that_the_server_has_until_the_new_one_is_registered_is_told_with_its_end(
+    office: Office,
+) -> None:
+    first = office.run("enroll", "--key", "ending", "--out", str(office.home / "old"), "--days", "2")
+    assert (first.status, "warning" in first.stderr) == (0, False)
+    assert office.run("cert", "check", "--within", "60d").status == 8
+    done = office.run("enroll", "--out", str(office.home / "new"), "--replace")
+    (warning,) = [line for line in done.lines if "warning" in line]
+    assert "until that is registered the server has the one before: " in warning
+    assert re.search(rf"{office.home}/old/es256_cert.pem ends on \d{{4}}-\d\d-\d\d, in \d days$", warning)
+    (office.home / "new" / "es256_cert.pem").unlink()
+    again = office.run("enroll", "--out", str(office.home / "third"), "--replace")
+    (warning,) = [line for line in again.lines if "warning" in line]
+    assert warning.endswith("has the one before")
 
 
 def test_json_is_the_receipt_and_the_certificate_is_stored_where_asked(office: Office) -> None:

@@ -1,8 +1,10 @@
 """``hsm-token enroll``: a key, its proof and its certificate, in a folder that is ready to send."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,14 +16,18 @@ from hsm_signer.cli import options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of, store_certificate
 from hsm_signer.cli.config import ask_module, ask_token
 from hsm_signer.config import Settings
-from hsm_signer.errors import ConfigError, ProfileNotChangedError
+from hsm_signer.errors import ConfigError, HsmSignerError, ProfileNotChangedError
 from hsm_signer.hsm.uri import key_uri, token_uri
 
 if TYPE_CHECKING:
     from hsm_signer.enrolment import Enrolment
     from hsm_signer.hsm.token import Token
 
+_log = logging.getLogger(__name__)
+
 app = typer.Typer()
+
+_ENROLLED = {"key-thumbprint", "certificate"}  # one of these in a profile is of an enrolment before
 
 Folder = Annotated[
     Path | None, typer.Option("--out", help="Folder to write; files in it are new.", show_default=False)
@@ -59,6 +65,7 @@ def enroll(
         made = make(settings, token, folder, common_name=name, subject=subject, days=days, store=store)
         serial = token.info.serial
     _into_profile(settings, before, made, folder, serial)
+    _warn_of_the_one_before(settings, before)
     report(made, folder, as_json=as_json)
 
 
@@ -134,7 +141,7 @@ def _agree(settings: Settings, before: Mapping[str, object], folder: Path, *, ma
     """Have somebody say so before what an enrolment wrote is replaced: the server may know no other key."""
     from hsm_signer import enrolment
 
-    if not before.keys() & {"key-thumbprint", "certificate"}:
+    if not before.keys() & _ENROLLED:
         return
     planned = {
         "token": str(settings.token),
@@ -199,6 +206,21 @@ def _into_profile(
     else:
         terminal.note(f"profile {settings.profile} in {settings.config} now pins the key:")
         _show_changes(before, changes)
+
+
+def _warn_of_the_one_before(settings: Settings, before: Mapping[str, object]) -> None:
+    """Say that the server still has another certificate than the one that is watched from now on."""
+    if not before.keys() & _ENROLLED:
+        return
+    verdict = ""
+    if settings.certificate is not None:
+        with suppress(HsmSignerError):  # a file that is gone or broken has no date
+            old = validity.Watched(settings.certificate, validity.read_file(Path(settings.certificate)))
+            verdict = f": {old.verdict(int(time.time()))}"
+    _log.warning(
+        "cert check watches the new certificate, and until that is registered the server has the one before%s",
+        verdict,
+    )
 
 
 def show_lines(failed: ProfileNotChangedError) -> None:
