@@ -160,7 +160,13 @@ def jwks_file(path: Path) -> Callable[[], object]:
             content = files.read_bytes(files.guarded(path), max_size=MAX_JWKS_SIZE, forbidden=files.UNTOUCHED)
         except OSError as unreadable:
             raise ConfigError(f"cannot read the JWK Set {path}: {unreadable.strerror}") from None
-        return _json_object(content, "JWK Set")
+        jwks, fault = json_object(content)
+        if fault or not isinstance(jwks.get("keys"), list):
+            raise ConfigError(
+                f"the file {path} holds no JWK Set (RFC 7517 §5)",
+                hint="--jwks is the issuer's: a URL or a file",
+            )
+        return jwks
 
     return read
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from endpoint import Endpoint, Reply
@@ -28,7 +29,7 @@ def test_claims_are_printed_when_everything_holds(office, access_token):
     claims = dict(line.split("\t") for line in done.stdout.splitlines())
     assert claims["iss"] == office.profile["issuer"]
     assert claims["scope"] == '["das-api/das-access"]'
-    as_json = office.run("verify", "--audience", CLIENT_ID, "--json", stdin=access_token).json
+    as_json = office.run("verify", "--audience", CLIENT_ID, "--json", "-", stdin=access_token).json
     assert as_json["aud"] == CLIENT_ID
     assert as_json["scope"] == ["das-api/das-access"]
 
@@ -100,10 +101,12 @@ def test_what_is_no_jwt_is_refused(office, stdin):
         (["--audience", CLIENT_ID, "--leeway", "61"], "leeway"),
         (["--audience", CLIENT_ID, "--jwks", "http://example.com/jwks"], "https is needed"),
         (["--audience", CLIENT_ID, "--jwks", "none.json"], "cannot read the JWK Set"),
+        (["--audience", CLIENT_ID, "--jwks", "pyproject.toml"], "pyproject.toml holds no JWK Set"),
         (["--audience", CLIENT_ID, "none.txt"], "cannot read none.txt"),
     ],
 )
-def test_wrong_usage_is_status_2(office, access_token, arguments, says):
+def test_wrong_usage_is_status_2(office, access_token, arguments, says, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     done = office.run("verify", *arguments, stdin=access_token)
     assert done.status == 2
     assert says in done.stderr

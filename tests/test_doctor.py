@@ -102,7 +102,30 @@ def test_a_token_that_does_not_verify_is_none_the_worse_for_it(tls_office, tmp_p
     assert "the token does not verify" in signature["evidence"]
 
 
+def test_before_enrolment_the_remedy_for_a_certificate_is_to_enroll(tls_office, tmp_path):
+    office = tls_office.copy(tmp_path).configure(certificate=None, key="none", key_thumbprint=None)
+    certificate = findings(office.run("doctor", "--offline", "--json"))["certificate"]
+    assert certificate["verdict"] == "not checked"
+    assert certificate["remedy"].startswith("hsm-token enroll makes one")
+
+
 # --- warnings
+
+
+def test_a_cache_that_others_can_read_is_a_warning_with_the_remedy(tls_office, tmp_path):
+    shared = tmp_path / "shared"
+    office = tls_office.copy(tmp_path).configure(cache=str(shared))
+    assert (
+        "is made by the first fetch"
+        in findings(office.run("doctor", "--offline", "--json"))["cache"]["evidence"]
+    )
+    assert not shared.exists()
+    shared.mkdir()
+    shared.chmod(0o777)
+    done = office.run("doctor", "--offline", "--json")
+    cache = findings(done)["cache"]
+    assert (done.status, cache["verdict"], cache["remedy"]) == (0, "warning", f"chmod 0700 {shared}")
+    assert "mode 0777" in cache["evidence"]
 
 
 @pytest.mark.parametrize(

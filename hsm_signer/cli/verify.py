@@ -25,7 +25,7 @@ def verify(
         str, typer.Option(help="Whom the access token must be meant for.", show_default=False)
     ],
     file: Annotated[
-        Path | None, typer.Argument(help="File with the access token, if not stdin.", show_default=False)
+        Path | None, typer.Argument(help="File with the access token; - or none: stdin.", show_default=False)
     ] = None,
     jwks: Annotated[
         str | None,
@@ -80,6 +80,8 @@ def _keys(settings: Settings, jwks: str | None) -> Callable[[], object]:
 def _read(file: Path | None) -> bytes:
     from hsm_signer.verify import MAX_SIZE
 
+    if str(file) == "-":
+        file = None
     try:
         if file is None:
             return terminal.read_stdin("an access token", MAX_SIZE + 1).strip()

@@ -34,6 +34,7 @@ LOCAL: tuple[tuple[str, Check], ...] = (
     ("proof", local.proof),
     ("signature", local.signature),
     ("certificate", local.certificate),
+    ("cache", local.cache),
 )
 REMOTE: tuple[tuple[str, Check], ...] = (
     ("proxy", remote.proxy),

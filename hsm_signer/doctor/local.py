@@ -247,6 +247,24 @@ def signature(x: Examination) -> Outcome:
     return ok(f"made in {milliseconds} ms, verified in software {also}", facts)
 
 
+def cache(x: Examination) -> Outcome:
+    """Access tokens can be kept where nobody else reads them; without, each fetch asks the server."""
+    directory = assembly.cache_directory(x.settings)
+    try:
+        with files.private_directory(directory, create=False):
+            writable = os.access(directory, os.W_OK)
+    except FileNotFoundError:
+        return ok(f"{directory} is made by the first fetch")
+    except (OSError, UnsafeFileError) as unfit:
+        return warning(
+            f"the cache is not used: {unfit}",
+            getattr(unfit, "hint", None) or "set cache to a directory of ours",
+        )
+    if not writable:
+        return warning(f"the cache is not used: {directory} is not writable", f"chmod u+w {directory}")
+    return ok(f"{directory} is ours alone")
+
+
 def certificate(x: Examination) -> Outcome:
     """The registered certificate is of this key, in date, and the one that was enrolled."""
     now = int(x.clock())
@@ -285,7 +303,11 @@ def _certificate(x: Examination, now: int) -> "tuple[str, Certificate, int]":
         return x.settings.certificate, validity.read_file(Path(x.settings.certificate)), 0
     stored = validity.on_token(x.signer, str(x.settings.key), now) if x.signer else []
     if not stored:
-        raise NotCheckedError("no certificate is named", 'certificate = "…/es256_cert.pem" in the profile')
+        raise NotCheckedError(
+            "no certificate is named",
+            "hsm-token enroll makes one and names it; one that is there already is named in the profile:"
+            ' certificate = "…/es256_cert.pem"',
+        )
     return stored[0].where, stored[0].certificate, sum(each.replaced for each in stored)
 
 
