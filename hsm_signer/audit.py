@@ -38,6 +38,10 @@ _SYSLOG_WAIT = 1.0  # seconds
 _AUTHPRIV_INFO = 10 * 8 + 6  # RFC 5424 §6.2.1
 _TAIL = 64 * 1024  # bytes that surely hold the last line
 _MAX_VALUE = 1000  # characters
+_DONE = {  # what becomes of a use whose outcome cannot be written
+    "key deletion": "the key is deleted all the same",
+    "key generation": "the key that was made does not stay on the token",
+}
 
 # By how the bytes begin: what we sign names itself, DER its structure and version (RFC 5280 §4.1, RFC 2986 §4.1)
 _SEQUENCE = rb"(?s)\x30(?:[\0-\x7f]|\x81.|\x82..)"
@@ -123,7 +127,7 @@ class AuditLog:
         It is ``unknown`` where Ctrl-C or an exit interrupted the block: the token may have done it. The block
         may put more into the outcome. Raises :class:`AuditLogError`, before the block too.
         """
-        with self._outcome() as outcome:
+        with self._outcome(intent) as outcome:
             outcome |= {"of": self._append({"intent": intent, **facts}), "outcome": "failed"}
             yield outcome
             outcome["outcome"] = done
@@ -133,7 +137,7 @@ class AuditLog:
         """:meth:`use` for a signature over ``data``; an :meth:`errand` around it writes the outcome of an assertion."""
         described = _described(data) | facts
         endpoint, answer = _ERRAND.get() if described["intent"] == "assertion" else (None, None)
-        with self._outcome() as outcome:
+        with self._outcome(str(described["intent"])) as outcome:
             outcome |= {"of": self._append(described | {"endpoint": endpoint}), "outcome": "failed"}
             yield outcome
             outcome["outcome"] = "signed"
@@ -147,7 +151,7 @@ class AuditLog:
 
         It goes past ``Signer.sign(bytes)``, which knows of no servers.
         """
-        with self._outcome() as outcome:
+        with self._outcome("assertion") as outcome:
             before = _ERRAND.set((endpoint, outcome))
             try:
                 yield outcome
@@ -155,7 +159,7 @@ class AuditLog:
                 _ERRAND.reset(before)
 
     @contextmanager
-    def _outcome(self) -> Iterator[dict[str, object]]:
+    def _outcome(self, intent: str) -> Iterator[dict[str, object]]:
         """Write what is in it after the block, if an intent is; what went wrong in the block matters more."""
         outcome: dict[str, object] = {}
         try:
@@ -167,12 +171,12 @@ class AuditLog:
             told = {"error": type(exc).__name__, "code": code if isinstance(code, str) else None}
             if "of" in outcome:
                 try:
-                    self._append(outcome | told)
+                    self._append(outcome | told, intent)
                 except AuditLogError as also:
                     log.warning("%s", also)
             raise
         if "of" in outcome:
-            self._append(outcome)
+            self._append(outcome, intent)
 
     def head(self) -> Head:
         """The head as the last whole line has it, unverified; raises ``OSError`` and :class:`ConfigError`."""
@@ -233,8 +237,8 @@ class AuditLog:
             finally:
                 lock.release()
 
-    def _append(self, facts: dict[str, Any]) -> int:
-        """Add a line and sync it; its number."""
+    def _append(self, facts: dict[str, Any], done: str | None = None) -> int:
+        """Add a line and sync it; its number. ``done``: the use that the line is the outcome of."""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock()))
         cut = {name: each[:_MAX_VALUE] if isinstance(each, str) else each for name, each in facts.items()}
         record = {"time": when} | {name: each for name, each in cut.items() if each is not None}
@@ -242,7 +246,7 @@ class AuditLog:
             with self._locked() as descriptor:
                 head = self._write(descriptor, record)
         except (OSError, UnsafeFileError) as exc:
-            raise self._unwritable(exc, used="of" in facts) from None
+            raise self._unwritable(exc, done) from None
         if self._syslog is not None:
             self._send(self._syslog, head)
         return head.count
@@ -273,13 +277,14 @@ class AuditLog:
         except OSError as exc:
             log.warning("the head of the audit log did not reach syslog at %s: %s", address, exc)
 
-    def _unwritable(self, exc: OSError | UnsafeFileError, *, used: bool = False) -> AuditLogError:
+    def _unwritable(self, exc: OSError | UnsafeFileError, done: str | None = None) -> AuditLogError:
         why = str(exc.strerror or exc) if isinstance(exc, OSError) else str(exc)
         hint = exc.hint if isinstance(exc, UnsafeFileError) else None
-        if used:
+        if done is not None:
             return AuditLogError(
                 f"the audit log {self.path} has the intent, and the outcome cannot be written: {why}",
-                hint=hint or "the key was used, and nothing of it is handed out",
+                done=done,
+                hint=_DONE.get(done, "the key was used, and nothing of it is handed out"),
             )
         return AuditLogError(
             f"the key is not used, since the audit log {self.path} cannot be written: {why}",

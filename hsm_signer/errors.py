@@ -5,7 +5,7 @@
     HsmSignerError                  .hint
     ├── ConfigError                 a setting, a file or an argument is wrong
     │   ├── UnsafeFileError         another user could have written it, or could read it
-    │   ├── AuditLogError           the audit log cannot be written, so the key is not used
+    │   ├── AuditLogError           the audit log cannot be written           .done
     │   └── ProfileNotChangedError  a person has to change the profile        .lines
     ├── TokenError                  module, slot, token or session            .code
     │   ├── ModuleError             the module does not load or start
@@ -53,7 +53,14 @@ class UnsafeFileError(ConfigError):
 
 
 class AuditLogError(ConfigError):
-    """The audit log cannot be written: the key is not used, or what it made is not handed out."""
+    """The audit log cannot be written: the key is not used, or what it made is not handed out.
+
+    ``done``: the use that lacks its outcome, if the token was asked: a deletion stands, a new key is destroyed.
+    """
+
+    def __init__(self, message: str, *, done: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.done = done
 
 
 class ProfileNotChangedError(ConfigError):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hsm_signer import profile_file
 from hsm_signer.config import Settings
-from hsm_signer.errors import ConfigError, KeyMismatchError, KeyNotFoundError, OAuthError
+from hsm_signer.errors import AuditLogError, ConfigError, KeyMismatchError, KeyNotFoundError, OAuthError
 from hsm_signer.hsm.uri import key_uri
 from hsm_signer.validity import read_file
 
@@ -244,12 +244,26 @@ def destroy(
     with profile_file.exclusive(state_directory):
         info = find_by_thumbprint(token, thumbprint)
         require_unused(path, thumbprint, info.uri)
-        token.delete_key(key or info.uri, thumbprint=thumbprint)
-        if path is not None and profile is not None:
-            settings = profile_file.profiles(path).get(profile, {})
-            if settings.get("previous-key-thumbprint") == thumbprint:
-                profile_file.change(path, profile, {"previous-key": None, "previous-key-thumbprint": None})
+        unlogged: AuditLogError | None = None
+        try:
+            token.delete_key(key or info.uri, thumbprint=thumbprint)
+        except AuditLogError as exc:
+            if exc.done != "key deletion":
+                raise
+            unlogged = exc
+        try:
+            if path is not None and profile is not None:
+                _forget_previous(path, profile, thumbprint)
+        finally:
+            if unlogged is not None:
+                raise unlogged
     return info
+
+
+def _forget_previous(path: Path, profile: str, thumbprint: str) -> None:
+    settings = profile_file.profiles(path).get(profile, {})
+    if settings.get("previous-key-thumbprint") == thumbprint:
+        profile_file.change(path, profile, {"previous-key": None, "previous-key-thumbprint": None})
 
 
 def require_unused(path: Path | None, thumbprint: str, key: str | None = None) -> None:

@@ -26,7 +26,7 @@ from office import Office
 from software_signer import SoftwareSigner
 from stranger import plant
 
-from hsm_signer import ClientAssertion, TokenClient, open_token, x509
+from hsm_signer import ClientAssertion, TokenClient, open_token, rollover, x509
 from hsm_signer.audit import START, AuditLog, Head
 from hsm_signer.errors import (
     AuditLogError,
@@ -856,6 +856,50 @@ def test_a_full_disk_stops_the_signature_and_then_what_it_was_for(
     verdict = log.verify()
     assert (verdict.findings, verdict.torn, verdict.head.count) == ((), 2, 1005)
     assert not list(tmp_path.rglob("*.marker"))
+
+
+def spoilt_at(path: Path, line: int) -> AuditLog:
+    """A log that others can write from this line on, so we do not; it asks for the time before each line."""
+    times = iter(range(1, line + 1))
+
+    def clock() -> float:
+        if next(times) == line:
+            path.chmod(0o622)
+        return 0.0
+
+    return AuditLog(path, clock=clock)
+
+
+@pytest.mark.parametrize("key_id", [None, b"given"])
+def test_a_new_key_whose_outcome_cannot_be_written_does_not_stay(new_token, tmp_path, key_id):
+    soft, path = new_token(), tmp_path / "audit.jsonl"
+    log = spoilt_at(path, 4)  # after the intent, and the two lines of a challenge
+    with open_token(soft.uri, module=soft.module, pin=soft.pin, audit=log) as token:
+        with pytest.raises(AuditLogError, match="has the intent, and the outcome cannot be") as caught:
+            token.generate_key("das", id=key_id)
+        assert (caught.value.done, "does not stay" in str(caught.value.hint)) == ("key generation", True)
+    assert intents(path) == ["key generation", "challenge"]
+    assert soft.pkcs11_tool("--list-objects") == ""
+
+
+def test_a_deletion_whose_outcome_cannot_be_written_is_finished_before_it_is_told(new_token, tmp_path):
+    soft, path, profile = new_token(), tmp_path / "audit.jsonl", tmp_path / "config.toml"
+    with open_token(soft.uri, module=soft.module, pin=soft.pin) as token:
+        made = token.generate_key("das").thumbprint
+    settings = f'[profiles.das]\nprevious-key = "das"\nprevious-key-thumbprint = "{made}"\n'
+    profile.write_text(settings)
+    for line, done in ((4, "challenge"), (5, None), (6, "key deletion")):
+        path.unlink(missing_ok=True)
+        with open_token(soft.uri, module=soft.module, pin=soft.pin, audit=spoilt_at(path, line)) as token:
+            assert profile.read_text() == settings
+            assert "Private Key" in soft.pkcs11_tool("--list-objects")
+            with pytest.raises(AuditLogError) as caught:
+                rollover.destroy(token, made, profile, "das", state_directory=tmp_path / "state")
+        assert caught.value.done == done
+    assert caught.value.hint == "the key is deleted all the same"
+    assert intents(path) == ["challenge", "challenge", "key deletion"]
+    assert soft.pkcs11_tool("--list-objects") == ""
+    assert profile.read_text() == "[profiles.das]\n"
 
 
 # ---- the library ----

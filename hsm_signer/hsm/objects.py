@@ -98,12 +98,12 @@ def delete(lane: Lane, uri: Uri, thumbprint: str | None) -> None:
         beside = [] if point is None else _own(key, point)
         with lane.use("key deletion", found, key.name):
             key.handle.destroy()
-        log.info("key %s destroyed", key.name)
-        for handle in beside:
-            try:
-                handle.destroy()
-            except PKCS11Error as exc:
-                log.warning("something public of key %s stays on the token: %s", key.name, code_of(exc))
+            log.info("key %s destroyed", key.name)
+            for handle in beside:  # before a log that is full can stop it
+                try:
+                    handle.destroy()
+                except PKCS11Error as exc:
+                    log.warning("something public of key %s stays on the token: %s", key.name, code_of(exc))
 
 
 def _own(key: FoundKey, point: bytes) -> list[Any]:
