@@ -293,6 +293,14 @@ def require_unused(path: Path | None, thumbprint: str, key: str | None = None) -
         )
 
 
+def warn_of_sharing(path: Path, profile: str | None, thumbprint: str) -> None:
+    """Log a warning where other profiles of the file pin the key as well: what goes wrong with it hits both."""
+    for other, settings in profile_file.profiles(path).items():
+        pins = (settings.get("key-thumbprint"), settings.get("next-key-thumbprint"))
+        if other != profile and thumbprint in pins:
+            _log.warning("the key is pinned by profile %s too: each server wants a key of its own", other)
+
+
 def find_by_thumbprint(token: "Token", thumbprint: str) -> "KeyInfo":
     """The one key on the token that a challenge proves to have this thumbprint."""
     infos = token.keys()

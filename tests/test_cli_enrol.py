@@ -98,6 +98,35 @@ def test_a_certificate_that_the_server_has_until_the_new_one_is_registered_is_to
     assert warning.endswith("has the one before")
 
 
+def test_a_key_that_another_profile_pins_is_taken_with_a_warning_that_names_the_profile(
+    office: Office,
+) -> None:
+    alone = office.run("enroll", "--key", "shared", "--out", str(office.home / "one"))
+    assert "warning" not in alone.stderr
+    again = office.run("enroll", "--out", str(office.home / "again"), "--replace")
+    assert "is pinned by profile" not in again.stderr
+    text = office.config.read_text()
+    kept = [line for line in text.splitlines()[1:] if not line.startswith(("key", "certificate"))]
+    office.config.write_text("\n".join([text, "[profiles.second]", *kept, ""]))
+    second = ("--profile", "second", "--key", "shared", "--out", str(office.home / "two"))
+    done = office.run("enroll", *second)
+    assert done.status == 0
+    assert (
+        "warning: the key is pinned by profile office too: each server wants a key of its own" in done.lines
+    )
+
+
+def test_another_certificate_of_a_key_is_told_also_where_the_profile_cannot_be_written(
+    office: Office,
+) -> None:
+    assert office.run("enroll", "--key", "kept", "--out", str(office.home / "kept")).status == 0
+    office.config.chmod(0o400)
+    for folder, said in (("first", False), ("second", True)):
+        done = office.run("rollover", "prepare", "new", "--out", str(office.home / folder))
+        assert (done.status, "read-only" in done.stderr) == (0, True)
+        assert ("key new was there, and is taken: this is another certificate" in done.stderr) is said
+
+
 def test_json_is_the_receipt_and_the_certificate_is_stored_where_asked(office: Office) -> None:
     out = office.home / "stored"
     done = office.run(

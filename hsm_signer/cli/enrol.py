@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hsm_signer import assembly, profile_file, validity
+from hsm_signer import assembly, profile_file, rollover, validity
 from hsm_signer.cli import options, terminal
 from hsm_signer.cli.cert import CommonName, Days, Subject, common_name_of, store_certificate
 from hsm_signer.cli.config import ask_module, ask_token
@@ -102,7 +102,16 @@ def make(
     if store:
         store_certificate(token, key, made.certificate.der)
     enrolment.write(made, folder)
-    terminal.note(f"key {made.proof.key.label} {'generated' if generated else 'was there, and is taken'}")
+    label = made.proof.key.label
+    if generated:
+        terminal.note(f"key {label} generated")
+        return made
+    terminal.note(
+        f"key {label} was there, and is taken: this is another certificate than any made of it before,"
+    )
+    terminal.note("with a fingerprint of its own, and the one that is registered is the one that counts")
+    if settings.config is not None:
+        rollover.warn_of_sharing(settings.config, settings.profile, made.certificate.thumbprint)
     return made
 
 
