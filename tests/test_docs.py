@@ -142,6 +142,12 @@ def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
+def test_a_page_installs_into_an_environment_where_pip_may(page: Path) -> None:
+    lines = [line for line in lines_of_code(page) if re.search(r"pip install '?\.", line)]
+    assert [line for line in lines if "/bin/pip install" not in line] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(CHECKOUT).as_posix())
 def test_variables_that_a_page_names_exist(page: Path) -> None:
     settings = [name for name, each in config.SETTINGS.items() if each.metadata["option"]]
     known = {config.variable(name) for name in (*settings, "profile", "config")} | {pin.PIN_VARIABLE}
