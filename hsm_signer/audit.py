@@ -106,6 +106,7 @@ class AuditLog:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.path = Path(path).absolute()
+        self._lock = self.path.with_name(f"{self.path.name}.lock")
         self._syslog = syslog
         self._clock = clock
 
@@ -117,6 +118,27 @@ class AuditLog:
         try:
             with self._locked() as descriptor:
                 _last(descriptor)
+        except (OSError, UnsafeFileError) as exc:
+            raise self._unwritable(exc) from None
+
+    def look(self) -> Head | None:
+        """:meth:`check` as far as a look tells, which makes nothing and takes no lock.
+
+        The head, unverified; ``None`` where the first use makes the log.
+        """
+        place = next(each for each in self.path.parents if os.path.lexists(each))
+        try:
+            if place != self.path.parent:
+                _require_writable(files.guarded(place))
+                return None
+            with files.guarded_directory(place, create=False) as directory:
+                for path in (self.path, self._lock):
+                    if directory.exists(path.name):
+                        files.open_regular(path).close()
+                        _require_writable(path)
+                    else:
+                        _require_writable(place)
+                return self.head() if directory.exists(self.path.name) else None
         except (OSError, UnsafeFileError) as exc:
             raise self._unwritable(exc) from None
 
@@ -224,7 +246,7 @@ class AuditLog:
     def _locked(self) -> Iterator[int]:
         with files.guarded_directory(self.path.parent) as directory:
             deadline = time.monotonic() + LOCK_WAIT
-            while (lock := try_lock(directory, f"{self.path.name}.lock")) is None:
+            while (lock := try_lock(directory, self._lock.name)) is None:
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"another process has held its lock for {LOCK_WAIT:.0f} seconds")
                 time.sleep(0.005)
@@ -333,6 +355,11 @@ def _foreign(scraps: list[bytes], head: Head) -> list[int]:
         for index, scrap in enumerate(scraps, 1)
         if not scrap or not start.startswith(scrap[: len(start)])
     ]
+
+
+def _require_writable(path: Path) -> None:
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _hash(*lines: bytes) -> str:

@@ -426,13 +426,32 @@ def test_without_a_log_that_can_be_written_nothing_is_done(audit_log, tmp_path, 
             before = b"notes of mine\n"
             path.write_bytes(before)
     log = AuditLog("/proc/nowhere/log") if spoilt == "place" else audit_log
-    with pytest.raises(AuditLogError, match="the key is not used, since the audit log"):
+    listed = sorted(tmp_path.rglob("*"))
+    if spoilt != "place":
+        with pytest.raises(AuditLogError) as looked:
+            log.look()
+        assert sorted(tmp_path.rglob("*")) == listed
+    with pytest.raises(AuditLogError, match="the key is not used, since the audit log") as checked:
         log.check()
+    if spoilt != "place":
+        assert (str(looked.value), looked.value.hint) == (str(checked.value), checked.value.hint)
     with pytest.raises(AuditLogError, match="the key is not used"), log.signing(b"data"):
         pytest.fail("the key was used")
     if spoilt not in ("dangling", "fifo"):
         assert path.read_bytes() == before
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_look_at_a_log_makes_nothing_and_tells_its_head(audit_log, tmp_path):
+    assert audit_log.look() == audit_log.head()
+    for fresh in (audit_log.path.with_name("other"), tmp_path / "none" / "below" / "log"):
+        listed = sorted(tmp_path.rglob("*"))
+        assert AuditLog(fresh).look() is None
+        assert sorted(tmp_path.rglob("*")) == listed
+    audit_log.path.with_name("audit.jsonl.lock").chmod(0o666)
+    for refused in (audit_log.look, audit_log.check):
+        with pytest.raises(AuditLogError, match=r"audit\.jsonl\.lock has mode 0666"):
+            refused()
 
 
 def test_without_leave_to_write_into_its_directory_nothing_is_done(tmp_path):
@@ -441,11 +460,12 @@ import os, sys
 from pathlib import Path
 from hsm_signer.audit import AuditLog
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
-try:
-    with AuditLog(Path(sys.argv[1], "audit.jsonl")).signing(b"data"):
-        print("used")
-except Exception as exc:
-    print(type(exc).__name__, exc)
+log = AuditLog(Path(sys.argv[1], "audit.jsonl"))
+for use in (log.look, log.check, lambda: log.signing(b"data").__enter__()):
+    try:
+        print("used", use())
+    except Exception as exc:
+        print(type(exc).__name__, exc)
 """
     tmp_path.chmod(0o711)
     for parent in tmp_path.parents[:2]:
@@ -454,7 +474,7 @@ except Exception as exc:
     directory.mkdir(mode=0o500)
     os.chown(directory, NOBODY, NOBODY)
     told = python(program, str(directory)).stdout
-    assert re.fullmatch("AuditLogError the key is not used, .*: Permission denied\n", told)
+    assert re.fullmatch("(AuditLogError the key is not used, .*: Permission denied\n){3}", told)
 
 
 def test_a_log_that_others_can_write_is_not_believed(audit_log):

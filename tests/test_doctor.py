@@ -42,6 +42,24 @@ def test_without_permission_no_pin_is_sent_and_what_needs_it_is_not_checked(tls_
     assert faulty.calls("C_Login") == 1
 
 
+def test_the_audit_log_is_looked_at_and_not_made(tls_office, tmp_path):
+    office = tls_office.copy(tmp_path)
+
+    def told() -> str:
+        found = findings(office.run("doctor", "--offline", "--json"))["audit log"]
+        assert found["verdict"] == "ok"
+        return found["evidence"]
+
+    assert "no audit-log is set" in told()
+    office.configure(audit_log="log/audit.jsonl")
+    assert "is made by the first use" in told()
+    assert not (tmp_path / "log").exists()
+    office.run("assertion")
+    before = (tmp_path / "log/audit.jsonl").read_bytes()
+    assert f"{tmp_path}/log/audit.jsonl, 2 lines" in told()
+    assert (tmp_path / "log/audit.jsonl").read_bytes() == before
+
+
 def test_in_a_pipe_each_check_is_one_line_of_four_cells(tls_office):
     done = tls_office.run("doctor", "--offline")
     rows = [line.split("\t") for line in done.stdout.splitlines()]

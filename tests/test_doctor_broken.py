@@ -302,6 +302,26 @@ def an_earlier_login_did_not_succeed(scene: Scene) -> None:
     scene.profile()
 
 
+@broken("audit log", 2, "chmod 0600 /")
+def others_can_read_the_audit_log(scene: Scene) -> None:
+    scene.profile(audit_log="audit.jsonl")
+    assert scene.office.run("assertion").status == 0
+    (scene.office.home / "audit.jsonl").chmod(0o644)
+
+
+@broken("audit log", 2, "is a link, not a regular file", login=True)
+def the_audit_log_is_a_link(scene: Scene) -> None:
+    (scene.office.home / "audit.jsonl").symlink_to("elsewhere")
+    scene.profile(audit_log="audit.jsonl")
+
+
+@broken("audit log", 2, "does not end as a log of ours does", login=True)
+def the_audit_log_is_something_else(scene: Scene) -> None:
+    (scene.office.home / "notes").touch(mode=0o600)
+    (scene.office.home / "notes").write_text("notes of mine\n")
+    scene.profile(audit_log="notes")
+
+
 @broken("login", 4, "rejected the PIN: CKR_PIN_INCORRECT", login=True)
 def the_pin_is_wrong(scene: Scene) -> None:
     token = scene.new_token()

@@ -29,6 +29,7 @@ LOCAL: tuple[tuple[str, Check], ...] = (
     ("token", local.token),
     ("mechanism", local.mechanism),
     ("PIN source", local.pin_source),
+    ("audit log", local.audit_log),
     ("login", local.login),
     ("key", local.key),
     ("proof", local.proof),

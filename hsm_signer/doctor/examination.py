@@ -39,6 +39,7 @@ class Examination:
 
     module: str | None = None
     slot: "SlotInfo | None" = None
+    writable: bool = False  # the audit log, or there is none to write
     token: "Token | None" = None
     signer: "HsmSigner | None" = None
     resolved: bool = False

@@ -180,9 +180,22 @@ def _check_command(name: str) -> None:
         )
 
 
+def audit_log(x: Examination) -> Outcome:
+    """What the key is used for can be written down; it is not here, and nothing is made."""
+    log = assembly.audit_log(x.settings)
+    head = log.look() if log else None
+    x.writable = True
+    if log is None:
+        return ok("no audit-log is set: what the key is used for is not written down")
+    if head is None:
+        return ok(f"{log.path} is made by the first use of the key")
+    return ok(f"{log.path}, {head.count} lines; hsm-token audit verify checks them")
+
+
 def login(x: Examination) -> Outcome:
     """The token takes the PIN."""
     known(x.slot, "token")
+    known(x.writable, "audit log")
     name = str(x.settings.pin_source)
     how = x.login
     if name == "prompt":
