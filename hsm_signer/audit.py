@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hsm_signer import files
 from hsm_signer.errors import AuditLogError, ConfigError, UnsafeFileError
@@ -217,7 +217,7 @@ class AuditLog:
         anchored = expect in (None, head)
         with files.open_regular(self.path) as file:
             at, is_open = 0, False
-            for at, read in enumerate(file, 1):
+            for at, read in enumerate(_lines(file), 1):
                 line, is_open = read.removesuffix(b"\n"), not read.endswith(b"\n")
                 record = _record(line)
                 if record is None:
@@ -330,6 +330,14 @@ def _described(data: bytes) -> dict[str, str | None]:
     shown = {name: value for name in ("iss", "aud", "jti") if isinstance(value := claims.get(name), str)}
     intent = "assertion" if {"iss", "aud"} <= shown.keys() else "JWS"
     return {"intent": intent, **shown, "sha256": None if "jti" in shown else digest}
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines that the file has by now; what another process is adding would be read in pieces."""
+    left = os.fstat(file.fileno()).st_size
+    while line := file.readline(left):
+        left -= len(line)
+        yield line
 
 
 def _last(descriptor: int) -> tuple[Head, list[bytes], bool]:

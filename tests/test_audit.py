@@ -26,7 +26,7 @@ from office import Office
 from software_signer import SoftwareSigner
 from stranger import plant
 
-from hsm_signer import ClientAssertion, TokenClient, open_token, rollover, x509
+from hsm_signer import ClientAssertion, TokenClient, audit, open_token, rollover, x509
 from hsm_signer.audit import START, AuditLog, Head
 from hsm_signer.errors import (
     AuditLogError,
@@ -373,6 +373,22 @@ def until(condition) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_line_that_is_being_written_while_the_log_is_verified_is_no_finding(audit_log, monkeypatch):
+    whole, read = audit_log.path.read_bytes(), audit._record
+
+    def overtaken(line: bytes) -> dict | None:
+        if (found := read(line)) is None:
+            audit_log.path.write_bytes(whole)  # its second half comes once its first half was read
+        return found
+
+    write(audit_log, whole[:-30])
+    with monkeypatch.context() as patched:
+        patched.setattr(audit, "_record", overtaken)
+        verdict = audit_log.verify()
+    assert (verdict.findings, verdict.head.count, verdict.open) == ((), 5, (5,))
+    assert audit_log.verify().head.count == 6
 
 
 # ---- who may write it ----
