@@ -208,9 +208,9 @@ class AuditLog:
     def verify(self, expect: Head | None = None) -> Verdict:
         """Walk along the chain. ``expect``: a head noted earlier, which the line of that number must have.
 
-        Changed, missing, inserted and reordered lines show in the line after them. Lines cut off at the end,
-        and a history that was written anew, show by ``expect`` alone. Raises ``OSError`` and
-        :class:`ConfigError` where the file cannot be read.
+        Changed, missing, inserted and reordered lines show in the line after them. A last line that
+        was changed, lines cut off at the end, and a history that was written anew show by ``expect`` alone.
+        Raises ``OSError`` and :class:`ConfigError` where the file cannot be read.
         """
         findings: list[str] = []
         head, torn, pending, scraps = Head(0, START), 0, set[int](), list[bytes]()

@@ -46,8 +46,8 @@ def verify(
 ) -> None:
     """Check that no line of the log was changed, removed or moved. Exit 8: something was found.
 
-    Only a head that was noted elsewhere shows lines that were cut off at the end, and another history.
-    Prints the head of a log in which nothing was found: note that one next.
+    Only a head that was noted elsewhere shows lines that were changed or cut off at the end, and another
+    history. Prints the head of a log in which nothing was found: note that one next.
 
     Example: hsm-token audit verify --profile das --expect "$(ssh safe cat head)"
     """
