@@ -116,7 +116,7 @@ class AuditLog:
     def check(self) -> None:
         """Raise :class:`AuditLogError` for a log that cannot be written, before a PIN is spent for nothing."""
         try:
-            with self._locked() as descriptor:
+            with self._locked() as (_, descriptor):
                 _last(descriptor)
         except (OSError, UnsafeFileError) as exc:
             raise self._unwritable(exc) from None
@@ -243,7 +243,7 @@ class AuditLog:
         return Verdict(head, tuple(findings), expect in (None, Head(0, START)), torn, tuple(sorted(pending)))
 
     @contextmanager
-    def _locked(self) -> Iterator[int]:
+    def _locked(self) -> Iterator[tuple[files.PrivateDirectory, int]]:
         with files.guarded_directory(self.path.parent) as directory:
             deadline = time.monotonic() + LOCK_WAIT
             while (lock := try_lock(directory, self._lock.name)) is None:
@@ -253,7 +253,7 @@ class AuditLog:
             try:
                 descriptor = directory.open_to_change(self.path.name, append=True)
                 try:
-                    yield descriptor
+                    yield directory, descriptor
                 finally:
                     os.close(descriptor)
             finally:
@@ -265,15 +265,15 @@ class AuditLog:
         cut = {name: each[:_MAX_VALUE] if isinstance(each, str) else each for name, each in facts.items()}
         record = {"time": when} | {name: each for name, each in cut.items() if each is not None}
         try:
-            with self._locked() as descriptor:
-                head = self._write(descriptor, record)
+            with self._locked() as (directory, descriptor):
+                head = self._write(directory, descriptor, record)
         except (OSError, UnsafeFileError) as exc:
             raise self._unwritable(exc, done) from None
         if self._syslog is not None:
             self._send(self._syslog, head)
         return head.count
 
-    def _write(self, descriptor: int, record: dict[str, Any]) -> Head:
+    def _write(self, directory: files.PrivateDirectory, descriptor: int, record: dict[str, Any]) -> Head:
         last, scraps, is_open = _last(descriptor)
         links: dict[str, object] = {"number": last.count + 1, "previous": last.hash}
         if scraps:
@@ -284,7 +284,7 @@ class AuditLog:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
         if last.count == 0:
-            files.sync_directory(self.path.parent)
+            directory.sync()
         return Head(last.count + 1, _hash(line))
 
     def _send(self, address: str, head: Head) -> None:

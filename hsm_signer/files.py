@@ -260,7 +260,7 @@ class PrivateDirectory:
     def create(self, name: str, content: bytes, *, mode: int = 0o600) -> None:
         """Write a file that must not exist yet, and sync it together with its name."""
         create(self.path / name, content, mode=mode, dir_fd=self._descriptor)
-        self._sync()
+        self.sync()
 
     def replace(self, name: str, content: bytes, *, mode: int = 0o600) -> None:
         """Put a file of this mode in the place of ``name`` in one step."""
@@ -290,14 +290,15 @@ class PrivateDirectory:
         """Remove a file; nothing where there is none."""
         with suppress(FileNotFoundError):
             os.unlink(self._at(name), dir_fd=self._descriptor)
-            self._sync()
+            self.sync()
+
+    def sync(self) -> None:
+        """Make the names in it last."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
 
     def _at(self, name: str) -> Path | str:
         return _at(self.path / name, self._descriptor)
-
-    def _sync(self) -> None:
-        if self._descriptor is not None:
-            os.fsync(self._descriptor)
 
 
 @contextmanager
