@@ -492,7 +492,13 @@ def prepared_module(settings: Settings) -> str:
     try:
         files.open_regular(files.guarded(module), forbidden=files.UNTOUCHED).close()
     except OSError as missing:
-        raise ModuleError(f"no PKCS#11 module {module}: {missing.strerror}") from None
+        from hsm_signer.hsm.known import known_modules
+
+        here = ", ".join(map(str, known_modules()))
+        raise ModuleError(
+            f"no PKCS#11 module {module}: {missing.strerror}",
+            hint=f"found on this machine: {here}" if here else "the token's vendor has a package with one",
+        ) from None
     os.environ.update(settings.module_env or {})
     return str(module)
 

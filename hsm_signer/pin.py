@@ -169,7 +169,10 @@ def _from_file(path: str) -> bytes:
         hint = exc.hint or "what a platform mounts as a link can be read by command:cat PATH"
         raise PinRefusedError(f"PIN file refused: {exc}", hint=hint) from exc
     except OSError as exc:
-        raise ConfigError(f"PIN file {path} cannot be read: {exc.strerror}") from exc
+        raise ConfigError(
+            f"PIN file {path} cannot be read: {exc.strerror}",
+            hint="it holds the PIN alone and has mode 0600; pin-source names another file, or another source",
+        ) from exc
 
 
 def _from_systemd(name: str) -> bytes:

@@ -250,7 +250,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as exc:
-        raise ConfigError(f"cannot listen on {host}, port {port}: {exc.strerror}") from exc
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {exc.strerror}", hint="port 0 takes a free one"
+        ) from exc
 
 
 class RehearsalServer:

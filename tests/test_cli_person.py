@@ -129,7 +129,7 @@ def test_config_init_keeps_the_answers_when_a_module_does_not_load(office: Offic
         ("client id", 0, "das-api-auth"),
         ("PKCS#11 module", 0, str(broken)),
         ("broken.so", 1.0, office.profile["module"]),
-        ("token: number", 0, ""),
+        ("token: number or label", 0, ""),
         ("label of the key", 0, ""),
         ("where the PIN comes from", 0, ""),
     ]

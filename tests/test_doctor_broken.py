@@ -158,7 +158,7 @@ def assertions_live_too_long(scene: Scene) -> None:
 # --- module
 
 
-@broken("module", 3, "No such file")
+@broken("module", 3, "found on this machine: ")
 def the_module_is_gone(scene: Scene) -> None:
     scene.profile(module="/usr/lib/softhsm/none.so")
 
@@ -200,7 +200,7 @@ def the_token_has_another_label(scene: Scene) -> None:
     scene.profile(token="pkcs11:token=offfice")
 
 
-@broken("token", 3, "no initialised token matches")
+@broken("token", 3, "; there is: pkcs11:token=")
 def the_token_has_another_serial(scene: Scene) -> None:
     scene.profile(token=f"{scene.office.token.uri};serial=0123456789abcdef")
 
@@ -247,7 +247,7 @@ def others_can_read_the_pin(scene: Scene) -> None:
     (scene.office.home / "pin").chmod(0o644)
 
 
-@broken("PIN source", 2, "No such file")
+@broken("PIN source", 2, "it holds the PIN alone")
 def the_pin_file_is_gone(scene: Scene) -> None:
     (scene.office.home / "pin").unlink()
 
@@ -322,7 +322,7 @@ def the_audit_log_is_something_else(scene: Scene) -> None:
     scene.profile(audit_log="notes")
 
 
-@broken("login", 4, "rejected the PIN: CKR_PIN_INCORRECT", login=True)
+@broken("login", 4, "tokens lock after a few wrong PINs", login=True)
 def the_pin_is_wrong(scene: Scene) -> None:
     token = scene.new_token()
     scene.profile(token=token.uri)

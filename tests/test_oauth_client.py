@@ -591,7 +591,7 @@ def test_where_nothing_is_the_url_is_named_first(
     status: int, endpoint: Endpoint, client: Callable[..., TokenClient]
 ) -> None:
     endpoint.answer = Reply(status, b"")
-    assert hint_of(client()).startswith(f"1. {endpoint.url} is not the token endpoint")
+    assert hint_of(client()).startswith(f"1. {endpoint.url} is not the token endpoint: the doctor's check")
 
 
 class PulledAfterSigning:

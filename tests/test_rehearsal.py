@@ -336,8 +336,9 @@ def test_a_port_that_is_taken_is_an_error_of_configuration(office: Office) -> No
     port = int(office.server.issuer.split(":")[2].split("/")[0])
     with pytest.raises(
         ConfigError, match=rf"cannot listen on 127\.0\.0\.1, port {port}: Address already in use"
-    ):
+    ) as failed:
         RehearsalServer({"office": office.certificate}, port=port)
+    assert failed.value.hint == "port 0 takes a free one"
 
 
 def test_over_tls_a_silent_connection_holds_up_nobody(office: Office, tmp_path: Path) -> None:

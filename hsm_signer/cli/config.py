@@ -195,10 +195,10 @@ def ask_token(module: str) -> str:
     path = prepared_module(Settings(module=module))
     from hsm_signer.hsm.module import slots
 
-    found = [each.token.identity for each in slots(path) if each.token and each.token.initialized]
+    found = [each.token for each in slots(path) if each.token and each.token.initialized]
     if not found:
         raise ConfigError(f"{module} has no initialised token", hint="initialise it with its vendor's tool")
-    return terminal.choose("token", found)
+    return terminal.choose("token", [each.identity for each in found], labels=[each.label for each in found])
 
 
 def _table(profile: str, answers: Mapping[str, str | None]) -> str:

@@ -145,14 +145,22 @@ def ask(question: str, default: str | None = None) -> str:
             return answer.strip() or str(default)
 
 
-def choose(question: str, choices: Sequence[str], *, or_other: bool = False) -> str:
-    """Let a person pick one by its number, or type something else where that is allowed."""
+def choose(
+    question: str, choices: Sequence[str], *, labels: Sequence[str] = (), or_other: bool = False
+) -> str:
+    """Let a person pick one by its number, by its label where only one has it, or type something else.
+
+    ``labels``: of the choices, in their order; ``or_other``: something else is allowed, a path.
+    """
     for number, choice in enumerate(choices, 1):
         print(f"  {number}  {shown(choice)}", file=sys.stderr)
     while True:
-        answer = ask(f"{question}: number" + (" or path" if or_other else ""), "1")
+        also = " or path" if or_other else " or label" if labels else ""
+        answer = ask(f"{question}: number{also}", "1")
         if answer.isdecimal() and 1 <= int(answer) <= len(choices):
             return choices[int(answer) - 1]
+        if labels.count(answer) == 1:
+            return choices[labels.index(answer)]
         if or_other and not answer.isdecimal():
             return answer
         note(f"{answer!r} is none of the numbers 1 to {len(choices)}")

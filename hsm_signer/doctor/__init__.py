@@ -101,7 +101,8 @@ def _finding(name: str, check: Check, x: Examination) -> Finding:
 
 
 def _failure(name: str, error: HsmSignerError) -> Finding:
-    evidence = "; ".join([str(error), *getattr(error, "candidates", ())])
+    there = ", ".join(getattr(error, "candidates", ()))
+    evidence = f"{error}; there is: {there}" if there else str(error)
     return Finding(Verdict.FAILED, evidence, error.hint, check=name, error=error)
 
 

@@ -115,13 +115,13 @@ def refusal(exc: BaseException, text: Secret | PinPad, info: TokenInfo) -> Excep
     return failure(exc, f"login to token {label} failed")
 
 
-def _tries_left(info: TokenInfo) -> str | None:
+def _tries_left(info: TokenInfo) -> str:
     """What the flags say after a wrong PIN; not every token says it."""
     if "USER_PIN_LOCKED" in info.flags:
         return "the token says that the PIN is locked now"
     if "USER_PIN_FINAL_TRY" in info.flags:
         return "the token says that the next wrong PIN locks it"
-    return None
+    return "tokens lock after a few wrong PINs: be sure of it before the next try"
 
 
 def _locked(info: TokenInfo, code: str) -> PinLockedError:

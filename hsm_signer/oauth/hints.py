@@ -61,7 +61,8 @@ def refusal_hint(
             causes = [known[name] for name in sorted(known, key=lambda name: name not in likely)]
     if status in _NOT_THERE:
         causes.insert(
-            0, f"{endpoint} is not the token endpoint: hsm-token doctor compares it, if issuer is set"
+            0,
+            f"{endpoint} is not the token endpoint: the doctor's check 'discovery' has the right one, if issuer is set",
         )
     numbered = [f"{number}. {cause}" for number, cause in enumerate(causes, 1)]
     return "\n".join([*(numbered if len(causes) > 1 else causes), *ruled_out])
