@@ -181,7 +181,7 @@ def enrol(
     if not proof.ok:
         raise KeyExportableError(proof.statement, hint="hsm-token key prove shows what was tried")
     der = x509.self_signed(
-        signer, common_name=common_name, subject=subject, not_before=now, days=days, margin=validity.MARGIN
+        signer, common_name=common_name, subject=subject, not_before=now - validity.BACKDATED, days=days
     )
     certificate = x509.read_certificate(der)
     if certificate.thumbprint != proof.key.thumbprint:

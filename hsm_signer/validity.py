@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from hsm_signer.x509 import Certificate
 
 DAYS = 730  # WIPO replaces the certificate of an office every two years
-MARGIN = (
-    300  # seconds before and after the days of a certificate: the server's clock may be another than ours
-)
+BACKDATED = 300  # seconds that notBefore lies in the past: the server's clock may be behind ours
 WARN_DAYS = 60
 
 _log = logging.getLogger(__name__)

@@ -47,18 +47,16 @@ def self_signed(
     subject: str | None = None,
     not_before: datetime | int,
     days: int,
-    margin: int = 0,
 ) -> bytes:
     """Make a self-signed end-entity certificate (RFC 5280 §4.1), in DER.
 
     Either ``common_name`` or ``subject``, a whole name as RFC 4514 text. ``not_before``: an aware time or
-    Unix seconds. ``margin``: seconds that it is valid before that, and again after the days. The serial number
-    has 20 bytes, 158 bits of them random.
+    Unix seconds. The serial number has 20 bytes, 158 bits of them random.
 
     Raises :class:`ConfigError` for a name or time that a certificate cannot hold, and
     :class:`SignatureInvalidError` if the signature does not verify under the key.
     """
-    start, end = _validity(not_before, days, margin)
+    start, end = _validity(not_before, days)
     name = _name(common_name, subject)
     spki = _public_key(signer)
     identifier = _key_identifier(spki)
@@ -175,7 +173,7 @@ def _attribute(kind: str, value: str) -> x509.NameTypeAndValue:
     return x509.NameTypeAndValue({"type": _NAME_TYPES[kind], "value": directory_string})
 
 
-def _validity(not_before: datetime | int, days: int, margin: int) -> tuple[datetime, datetime]:
+def _validity(not_before: datetime | int, days: int) -> tuple[datetime, datetime]:
     if days < 1:
         raise ConfigError(f"a certificate is valid for at least 1 day, found {days}")
     try:
@@ -183,8 +181,7 @@ def _validity(not_before: datetime | int, days: int, margin: int) -> tuple[datet
         if start.tzinfo is None:
             raise ConfigError("not_before needs a time zone")
         start = start.astimezone(UTC).replace(microsecond=0)
-        end = start + timedelta(days=days, seconds=margin)
-        start -= timedelta(seconds=margin)
+        end = start + timedelta(days=days)
     except (OverflowError, OSError, ValueError):
         raise ConfigError(f"a certificate cannot say {days} days from {not_before}") from None
     if start.year < 1950:

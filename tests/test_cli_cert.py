@@ -114,7 +114,7 @@ def test_check_tells_monitoring_what_ends_soon_and_needs_no_pin_for_files(
     fine = office.run("cert", "check", "--within", "20d", "--json")
     soon = office.run("cert", "check", "--within", "60d")
     assert (fine.status, fine.stderr) == (0, "")
-    assert [row["days_left"] for row in fine.json] == [90, 30]
+    assert [row["days_left"] for row in fine.json] == [89, 29]
     assert soon.status == 8
     assert f"error: the certificate {certificates[30]} ends on" in soon.stderr
     assert str(certificates[90]) not in soon.stderr
@@ -146,7 +146,7 @@ def test_check_reads_the_token_where_the_profile_names_no_file(
     assert office.run("cert", "self-signed", "--days", "30", "--store").status == 0
     done = office.run("cert", "check", "--json")
     assert done.status == 8
-    assert [(row["certificate"], row["days_left"]) for row in done.json] == [("of on-token on the token", 30)]
+    assert [(row["certificate"], row["days_left"]) for row in done.json] == [("of on-token on the token", 29)]
     fetch = office.run("assertion", "--token-endpoint", "http://127.0.0.1:9/token")
     assert fetch.status == 0
     assert "warning: the certificate of on-token on the token ends on" in fetch.stderr

@@ -97,7 +97,7 @@ def test_status_shows_both_keys_their_certificates_and_the_days_left(rollover: R
     assert in_use["thumbprint"] == rollover.profile["key-thumbprint"]
     assert upcoming["thumbprint"] == second
     for state in (in_use, upcoming):
-        assert (state["on_token"], state["certificate_fits"], state["days_left"]) == (True, True, 730)
+        assert (state["on_token"], state["certificate_fits"], state["days_left"]) == (True, True, 729)
     shown = at_a_terminal(rollover.office, ["rollover", "status"], {})
     for state in (in_use, upcoming):
         label = state["key"].removeprefix("pkcs11:object=").partition(";")[0]

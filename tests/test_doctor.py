@@ -180,7 +180,7 @@ def test_a_certificate_that_ends_soon_is_a_warning(tls_office, tmp_path):
     office.run("cert", "self-signed", "--days", "20", "--out", str(tmp_path / "es256_cert.pem"))
     certificate = findings(office.run("doctor", "--offline", "--json"))["certificate"]
     assert certificate["verdict"] == "warning"
-    assert certificate["facts"] == {"certificate_days": 20}
+    assert certificate["facts"] == {"certificate_days": 19}
     assert "hsm-token rollover prepare" in certificate["remedy"]
 
 

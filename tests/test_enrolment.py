@@ -110,7 +110,7 @@ def test_the_receipt_tells_who_what_when_and_where(
     assert receipt["send"] == "es256_cert.pem"
     assert receipt["made_at"] == "2026-11-18T11:06:40Z"
     assert receipt["certificate"]["not_before"] == "2026-11-18T11:01:40Z"
-    assert receipt["certificate"]["not_after"] == "2028-11-17T11:11:40Z"
+    assert receipt["certificate"]["not_after"] == "2028-11-17T11:01:40Z"
     assert receipt["public_key"]["thumbprint"] == enrolled.certificate.thumbprint
     assert receipt["proof"]["token"]["label"] == soft_token.label
     assert receipt["proof"]["token"]["serial"] == enrolled.proof.token.serial

@@ -48,12 +48,6 @@ def test_cryptography_reads_the_certificate_of_the_contract() -> None:
     assert isinstance(certificate.signature_hash_algorithm, SHA256)
 
 
-def test_a_margin_is_valid_before_and_after_the_days() -> None:
-    certificate = reference.load_der_x509_certificate(self_signed(margin=300))
-    assert certificate.not_valid_before_utc == NOW - timedelta(seconds=300)
-    assert certificate.not_valid_after_utc == NOW + timedelta(days=730, seconds=300)
-
-
 def test_its_extensions_say_end_entity_that_signs_and_name_the_key() -> None:
     extensions = reference.load_der_x509_certificate(self_signed()).extensions
     constraints = extensions.get_extension_for_class(reference.BasicConstraints)

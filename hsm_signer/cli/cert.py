@@ -55,14 +55,8 @@ def self_signed(
     require_free(out)
     with assembly.open_token(settings, options.login(retry_pin)) as token:
         signer = assembly.signer(token, settings)
-        der = x509.self_signed(
-            signer,
-            common_name=name,
-            subject=subject,
-            not_before=int(time.time()),
-            days=days,
-            margin=validity.MARGIN,
-        )
+        not_before = int(time.time()) - validity.BACKDATED
+        der = x509.self_signed(signer, common_name=name, subject=subject, not_before=not_before, days=days)
         if store:
             store_certificate(token, str(settings.key), der)
     write(out, pem("CERTIFICATE", der))
