@@ -1,10 +1,11 @@
 """A test fails where a secret is seen in what it, or a process that it started, prints or logs.
 
-Looked for are PINs by their text, and by their shape whatever begins like a JWS (each assertion, each access
-token that is a JWT, also cut off), the signature of an assertion by itself, and the opaque access tokens of our
-test servers, which all begin with ``access-token-``. Listened to is what pytest captures, logs of every level
-included, each pipe of a process, and each terminal. Where an assertion or an access token is the result,
-:data:`MEANT` says so.
+Looked for are PINs by their text, and by their shape: whatever begins like a JWS (``{"alg"``, ``{"typ"``,
+``{"kid"``, ``{"iss"``, ``{"sub"`` or ``{"aud"`` in base64url: each assertion, each access token that is a JWT, also
+cut off; a thumbprint by chance holds ``eyJ`` alone), the signature of an assertion by itself, and the opaque
+access tokens of our test servers, which all begin with ``access-token-``. Listened to is what pytest captures,
+logs of every level included, each pipe of a process, and each terminal. Where an assertion or an access token is
+the result, :data:`MEANT` says so.
 """
 
 import io
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 SHAPES = {
-    "a JWS": re.compile(r"eyJ[\w-]{8}"),
+    "a JWS": re.compile(r"eyJ(hbGci|0eXAi|raWQi|pc3Mi|zdWIi|hdWQi)"),
     "a signature": re.compile(r"(?<![\w+/-])[\w-]{86}(?![\w+/=-])"),
     "an access token": re.compile(r"access-token-\w"),
 }

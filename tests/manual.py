@@ -6,6 +6,7 @@ machine has: the module's path, a PIN file and a port are replaced before the ru
 
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -168,11 +169,21 @@ class Desk:
         )
 
 
+def _free_port() -> int:
+    """A port for a server of the page, below those that the kernel gives to whoever asks for any."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+
+
 def sit_down(home: Path, module: str) -> Desk:
     """Make a desk."""
     pin = leaks.pin()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        desk = Desk(home, module, pin, free.getsockname()[1])
+    desk = Desk(home, module, pin, _free_port())
     (home / "bin").mkdir()
     (home / "tokens").mkdir()
     (home / "softhsm2.conf").write_text(

@@ -1,6 +1,7 @@
 """Each way to break an installation, really done; the doctor names the cause and not its consequences."""
 
 import datetime
+import functools
 import socket
 import subprocess
 import time
@@ -102,9 +103,16 @@ def broken(check: str, status: int, says: str, *, login: bool = False) -> Callab
     return add
 
 
+@functools.cache
+def _deaf() -> socket.socket:
+    """Bound, so that nobody else gets its port, and not listening."""
+    deaf = socket.socket()
+    deaf.bind(("127.0.0.1", 0))
+    return deaf
+
+
 def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return _deaf().getsockname()[1]
 
 
 # --- configuration

@@ -809,18 +809,19 @@ def test_an_exchange_is_tried_again_only_where_nothing_was_sent(
     assert len(endpoint.seen) == 1
     assert_no_trace(caught.value, [assertion])
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"https://127.0.0.1:{free.getsockname()[1]}/"
-    nobody = TokenClient(
-        url,
-        assertion=ClientAssertion(CLIENT_ID, url),
-        signer=None,
-        scope=SCOPE,
-        ca_bundle=ca_bundle,
-        deadline=3,
-    )
-    with pytest.raises(TransportError, match="refused") as caught:
-        nobody.exchange(ClientAssertion(CLIENT_ID, url).issue(signer))
+    with socket.socket() as deaf:  # bound, so that nobody else gets the port, and not listening
+        deaf.bind(("127.0.0.1", 0))
+        url = f"https://127.0.0.1:{deaf.getsockname()[1]}/"
+        nobody = TokenClient(
+            url,
+            assertion=ClientAssertion(CLIENT_ID, url),
+            signer=None,
+            scope=SCOPE,
+            ca_bundle=ca_bundle,
+            deadline=3,
+        )
+        with pytest.raises(TransportError, match="refused") as caught:
+            nobody.exchange(ClientAssertion(CLIENT_ID, url).issue(signer))
     assert len(caught.value.attempts) >= 2
     assert not caught.value.sent
 
