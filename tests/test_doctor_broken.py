@@ -104,15 +104,13 @@ def broken(check: str, status: int, says: str, *, login: bool = False) -> Callab
 
 
 @functools.cache
-def _deaf() -> socket.socket:
-    """Bound, so that nobody else gets its port, and not listening."""
+def closed_port() -> int:
+    """A port that stays bound, so that nobody else gets it, and that nobody listens on."""
     deaf = socket.socket()
     deaf.bind(("127.0.0.1", 0))
-    return deaf
-
-
-def closed_port() -> int:
-    return _deaf().getsockname()[1]
+    port: int = deaf.getsockname()[1]
+    deaf.detach()
+    return port
 
 
 # --- configuration
