@@ -12,6 +12,8 @@ from hsm_signer.jose import Signer, b64url, compact_json, json_b64url, signed
 MAX_LIFETIME = 1800  # seconds; ForgeRock AM refuses more: "JWT expiration time is unreasonable"
 MAX_CLOCK_OFFSET = 600  # seconds
 
+_random_bytes = secrets.SystemRandom().randbytes
+
 
 @dataclass(frozen=True)
 class ClientAssertion:
@@ -75,7 +77,7 @@ class ClientAssertion:
         ``now`` defaults to the clock, ``jti`` to 128 random bits.
         """
         now = int(time.time()) if now is None else now
-        jti = b64url(secrets.token_bytes(16)) if jti is None else jti
+        jti = f'"{b64url(_random_bytes(16))}"' if jti is None else compact_json(jti)
         header = _encoded_header(signer.alg, self.typ, self._kid(signer) if self.kid else "")
         return signed(f"{header}.{b64url(self._payload(now, jti).encode())}", signer)
 
@@ -83,11 +85,14 @@ class ClientAssertion:
         return signer.kid if self.kid is True else self.kid or ""
 
     def _payload(self, now: int, jti: str) -> str:
-        """:meth:`claims_at` as JSON, without an encoder: that takes a seventh of an assertion's time."""
+        """:meth:`claims_at` as JSON, without an encoder: that takes a seventh of an assertion's time.
+
+        ``jti``: as JSON.
+        """
         issued_at = now + self.clock_offset
         ours = f'{self._identity},"exp":{issued_at + self.lifetime}'
         if self.claims == "oidc":
-            return f'{ours},"iat":{issued_at},"jti":{compact_json(jti)}}}'
+            return f'{ours},"iat":{issued_at},"jti":{jti}}}'
         return ours + "}"
 
     @cached_property

@@ -8,7 +8,7 @@ An attribute costs it two calls, after two others to find out what the object ca
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from pkcs11 import _pkcs11
@@ -38,7 +38,8 @@ _SIGN_CALL = ctypes.CFUNCTYPE(
     ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p
 )
 
-_Signature = ctypes.c_char * 144  # bytes; a DER signature of P-521, the longest, has 139
+_ROOM = 144  # bytes; a DER signature of P-521, the longest, has 139
+_Signature = ctypes.c_char * _ROOM
 
 
 class _InitializeArgs(ctypes.Structure):
@@ -83,6 +84,8 @@ class _Attribute(ctypes.Structure):
 
 
 _ECDSA = _Mechanism(0x1041)  # CKM_ECDSA, which has no parameter
+_TO_ECDSA = ctypes.c_void_p(ctypes.addressof(_ECDSA))
+_DIGEST_LENGTH = ctypes.c_ulong(32)
 
 
 class _FunctionList(ctypes.Structure):
@@ -135,12 +138,34 @@ class Functions:
             return None
         return {each.type: values.raw[at * room :][: each.length] for each, at in there}
 
-    def sign_ecdsa(self, session: int, key: int, digest: bytes) -> bytes:
-        """``C_SignInit`` and ``C_Sign`` with ``CKM_ECDSA``: what the token answers, by handles."""
-        signature, length = _Signature(), ctypes.c_ulong(ctypes.sizeof(_Signature))
-        _accepted("C_SignInit", self._sign_init(session, ctypes.addressof(_ECDSA), key))
-        _accepted("C_Sign", self._sign(session, digest, len(digest), signature, ctypes.byref(length)))
-        return signature.raw[: length.value]
+    def ecdsa(self, session: int, key: int) -> "EcdsaKey":
+        """A private key, by handles, that signs."""
+        return EcdsaKey(self._sign_init, self._sign, session, key)
+
+
+class EcdsaKey:
+    """``C_SignInit`` and ``C_Sign`` with ``CKM_ECDSA`` by one key in one session, for one thread at a time.
+
+    What the calls take is made once: to make it for each costs as much as ctypes itself.
+    """
+
+    def __init__(
+        self, sign_init: Callable[..., int], sign: Callable[..., int], session: int, key: int
+    ) -> None:
+        self._sign_init, self._sign = sign_init, sign
+        self._session, self._key = ctypes.c_ulong(session), ctypes.c_ulong(key)
+        self._signature, self._length = _Signature(), ctypes.c_ulong()
+        self._to_signature, self._to_length = (
+            ctypes.c_void_p(ctypes.addressof(each)) for each in (self._signature, self._length)
+        )
+
+    def sign(self, digest: bytes) -> bytes:
+        """What the token answers for a digest of 32 bytes."""
+        self._length.value = _ROOM
+        _accepted("C_SignInit", self._sign_init(self._session, _TO_ECDSA, self._key))
+        answer = self._sign(self._session, digest, _DIGEST_LENGTH, self._to_signature, self._to_length)
+        _accepted("C_Sign", answer)
+        return self._signature.raw[: self._length.value]
 
 
 def _accepted(function: str, answer: int) -> None:

@@ -14,7 +14,7 @@ from hsm_signer import ecdsa
 from hsm_signer.errors import KeyAmbiguousError, KeyMismatchError, KeyNotFoundError
 from hsm_signer.hsm import attributes
 from hsm_signer.hsm.codes import code_of
-from hsm_signer.hsm.cryptoki import Functions
+from hsm_signer.hsm.cryptoki import EcdsaKey, Functions
 from hsm_signer.hsm.login import Login
 from hsm_signer.hsm.sessions import Lane
 from hsm_signer.hsm.uri import Uri
@@ -84,12 +84,14 @@ class SigningKey(_pkcs11.PrivateKey, _pkcs11.SignMixin, _pkcs11.Object):  # type
 
 @dataclass(frozen=True)
 class FoundKey:
-    """A private key in one session, its attributes read once; the numbers are the module's own handles."""
+    """A private key in one session, its attributes read once.
+
+    ``ecdsa`` signs by ``CKM_ECDSA``, for one thread at a time; ``None`` where python-pkcs11 has to.
+    """
 
     handle: Any
-    number: int
-    session_number: int
     direct: Functions | None
+    ecdsa: EcdsaKey | None
     label: str
     id: bytes
     curve: str
@@ -159,16 +161,16 @@ def _described(handle: Any, direct: Functions | None) -> FoundKey:
     found = attributes.read(handle, _ASKED, direct)
     curve = _curve(found.get(Attribute.EC_PARAMS))
     point = found.get(Attribute.EC_POINT)
+    by_context = bool(found.get(Attribute.ALWAYS_AUTHENTICATE))
     return FoundKey(
         handle=SigningKey(handle.wrapper),
-        number=handle.handle,
-        session_number=handle.session.handle,
         direct=direct,
+        ecdsa=None if direct is None or by_context else direct.ecdsa(handle.session.handle, handle.handle),
         label=found.get(Attribute.LABEL, ""),
         id=found.get(Attribute.ID, b""),
         curve=curve,
         point=point_of_attribute(point) if point and curve in ("P-256", "unknown") else None,
-        always_authenticate=bool(found.get(Attribute.ALWAYS_AUTHENTICATE)),
+        always_authenticate=by_context,
         flags={name: found[one] for name, one in FLAGS.items() if found.get(one) is not None},
     )
 
@@ -190,11 +192,9 @@ def sign_es256(login: Login, key: FoundKey, data: bytes) -> bytes:
     """ECDSA with SHA-256 as the token answers it; a token without CKM_ECDSA hashes by itself."""
     if login.hashes:
         return _sign(login, key, Mechanism.ECDSA_SHA256, data)
-    digest, direct = hashlib.sha256(data).digest(), login.module.direct
+    digest = hashlib.sha256(data).digest()
     try:
-        if direct is None or key.always_authenticate:
-            return _sign(login, key, Mechanism.ECDSA, digest)
-        return direct.sign_ecdsa(key.session_number, key.number, digest)
+        return key.ecdsa.sign(digest) if key.ecdsa else _sign(login, key, Mechanism.ECDSA, digest)
     except PKCS11Error as exc:
         if code_of(exc) != "CKR_MECHANISM_INVALID":
             raise
